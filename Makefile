@@ -1,0 +1,40 @@
+# Each target makes the environment it needs. PYTHON is any Python >= 3.11; everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A folder of the checkout on sys.path would make `kernels/` importable under another package's name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: env demo test lint bench compile clean
+.DEFAULT_GOAL := test
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core pybind11 ninja setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,triton,world]'
+	touch $@
+
+demo: env
+	$(BIN)/mmfast demo
+
+test: env compile
+	$(BIN)/python -m pytest
+
+compile: env
+	$(BIN)/python scripts/compile_kernels.py
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: env
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file --out benchmarks/results/cpu || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,128 @@
+"""The command line: `mmfast COMMAND`. Each command is a documented function; its options are its parameters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's one-line help and the function behind it ("module:function"), imported when it is used."""
+
+    help: str
+    target: str
+
+
+COMMANDS = {
+    "demo": Command("train, evaluate and question a small LLaVA on the embedded world", "mmfast.demo:run_demo"),
+    "train": Command("train a system from a recipe or a config file, or resume a run", "mmfast.train:train"),
+    "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
+    "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),
+    "convert": Command("turn a published checkpoint into a run folder", "mmfast.models.convert:convert"),
+    "export": Command("write a run in another library's layout", "mmfast.models.export:export"),
+    "env": Command("what is installed here, and which backends can run", "mmfast.environment:show"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 after an error, 2 for a bad command line, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from mmfast import __version__
+
+        print(f"mmfast {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"mmfast: there is no command {words[0]!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return _run(words[0], words[1:])
+    except KeyboardInterrupt:
+        print("mmfast: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`mmfast ... | head`); nothing more can be said on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError) as error:
+        if os.environ.get("MMFAST_TRACEBACK"):
+            raise
+        print(f"mmfast {words[0]}: {error}\n(MMFAST_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = ["usage: mmfast COMMAND [options]     (mmfast COMMAND --help tells its options)", ""]
+    lines += [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _run(name: str, words: list[str]) -> int:
+    module, function = COMMANDS[name].target.split(":")
+    target = getattr(importlib.import_module(module), function)
+    words = [_with_underscores(word) for word in words]
+    if name == "train":
+        _train(target, words)
+    else:
+        target(**_parse(name, target, words))
+    return 0
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-steps=3` as `--max_steps=3`: both spellings of an option are taken."""
+    if not word.startswith("--"):
+        return word
+    option, separator, value = word.partition("=")
+    return "--" + option[2:].replace("-", "_") + separator + value
+
+
+def _parser(name: str, description: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"mmfast {name}", description=description)
+
+
+def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    """Reads `words` as the parameters of `target`; required ones are positional, booleans are flags."""
+    from docstring_parser import parse
+
+    described = {entry.arg_name: entry.description for entry in parse(target.__doc__ or "").params}
+    parameters = inspect.signature(target).parameters.values()
+    flags = [entry.name for entry in parameters if entry.default is False]
+    parser = _parser(name, COMMANDS[name].help)
+    parser.add_function_arguments(target, as_positional=True, skip=set(flags))
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=described.get(flag))
+    return vars(parser.instantiate_classes(parser.parse_args(words)))
+
+
+def _train(train: Callable[..., Any], words: list[str]) -> None:
+    """`mmfast train [RECIPE] [--config FILE] [--resume] [--option value ...]`, later ones over earlier ones."""
+    from mmfast.train import TrainConfig
+    from mmfast.train.config import recipe_names, recipe_path
+
+    parser = _parser(
+        "train",
+        "Trains a system: `mmfast train RECIPE --out runs/a [options]`, or goes on with a run: "
+        "`mmfast train --config runs/a/config.yaml --resume`. "
+        f"Recipes: {', '.join(recipe_names())}. --print_config writes the whole configuration as YAML.",
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    parser.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped")
+    parser.add_class_arguments(TrainConfig)
+    if words and not words[0].startswith("-"):
+        words = ["--config", str(recipe_path(words[0])), *words[1:]]
+    values = vars(parser.instantiate_classes(parser.parse_args(words)))
+    values.pop("config")
+    resume = values.pop("resume")
+    train(TrainConfig(**values), resume=resume)

@@ -1,0 +1,232 @@
+"""Which implementation of an op runs, why the others do not, and how ops enter PyTorch's dispatcher.
+
+Every op has the backends below, in order of preference; an op lists those it has. Selection is a pure
+function of the call (device, dtype, shape, stride), the machine and the request, so it is tested
+without a GPU. A kernel that raises is an error and never a reason to fall back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from mmfast.ops import extension
+
+NAMES = ("cuda", "cpu", "triton", "reference")
+
+LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
+
+# A plain global, not a context variable: torch.compile guards on it and traces through.
+_requested: str | None = None
+
+
+class BackendUnavailable(NotImplementedError):
+    """A backend was asked for by name and cannot run this call; the message says why."""
+
+
+class Machine(NamedTuple):
+    """What selection depends on besides the call. (A tuple, so that torch.compile takes it as a constant.)
+
+    Attributes:
+        device: device type of the call's tensors, e.g. "cpu", "cuda".
+        capability: CUDA compute capability, e.g. (9, 0); None off the GPU.
+        no_extension: why the compiled extension cannot serve C++ on the CPU; None if it can.
+        no_cuda_extension: why it cannot serve CUDA kernels; None if it can.
+        no_triton: why Triton cannot be used; None if it can.
+        triton_interpreted: Triton kernels run in its interpreter (TRITON_INTERPRET=1), on the CPU.
+    """
+
+    device: str
+    capability: tuple[int, int] | None = None
+    no_extension: str | None = None
+    no_cuda_extension: str | None = None
+    no_triton: str | None = None
+    triton_interpreted: bool = False
+
+    def lacks(self, backend: str) -> str | None:
+        """Why no op at all can run on `backend` here; None if some can."""
+        if backend == "cpu":
+            return self.no_extension if self.device == "cpu" else f"the tensors are on {self.device}"
+        if backend == "cuda":
+            return self.no_cuda_extension if self.device == "cuda" else f"the tensors are on {self.device}"
+        if backend == "triton":
+            if self.no_triton:
+                return self.no_triton
+            if self.device != "cuda" and not (self.device == "cpu" and self.triton_interpreted):
+                return f"the tensors are on {self.device} and TRITON_INTERPRET is not set"
+            if self.capability is not None and self.capability < (8, 0):
+                return f"compute capability {self.capability[0]}.{self.capability[1]} is below 8.0"
+        return None
+
+
+_machines: dict[torch.device, Machine] = {}
+
+
+def machine(device: torch.device) -> Machine:
+    """The machine as seen from a call whose tensors live on `device`."""
+    found = _machines.get(device)
+    if found is None:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        found = _machines[device] = Machine(
+            device=device.type,
+            capability=capability,
+            no_extension=extension.missing("cpu"),
+            no_cuda_extension=extension.missing("cuda"),
+            no_triton=_triton_missing(),
+            triton_interpreted=_interpreting(),
+        )
+    return found
+
+
+# The marker that torch.compiler.assume_constant_result sets; calling that would import all of Dynamo.
+machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_missing() -> str | None:
+    # Found, not imported: that takes half a second, and a call on the CPU needs only the answer.
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install mmfast[triton]"
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: one of `NAMES`.
+        cannot: given (call, machine), why this backend cannot run the call; None if it can.
+        avoids: given (call, machine), why it should not although it can (slower than another, say);
+            such a backend runs only when asked for by name.
+    """
+
+    name: str
+    cannot: Callable[[Any, Machine], str | None] = lambda call, machine: None
+    avoids: Callable[[Any, Machine], str | None] = lambda call, machine: None
+
+    def refusal(self, call: Any, machine: Machine, by_name: bool) -> str | None:
+        reason = machine.lacks(self.name) or self.cannot(call, machine)
+        if reason is None and not by_name:
+            if self.name == "triton" and machine.device == "cpu":
+                return "the Triton interpreter is for tests; ask for it by name"
+            reason = self.avoids(call, machine)
+        return reason
+
+
+class Op:
+    """An op's name, its argument check and its backends in order of preference.
+
+    `check(*args, **kwargs)` takes the public function's arguments without `backend`, raises on a bad
+    one and returns the call: what `Backend.cannot` and `Backend.avoids` look at.
+    """
+
+    def __init__(self, name: str, check: Callable[..., Any], backends: tuple[Backend, ...]) -> None:
+        self.name, self.check, self.backends = name, check, backends
+        OPS[name] = self
+
+    def select(self, call: Any, machine: Machine, backend: str | None = None) -> str:
+        """The name of the backend that runs `call`.
+
+        Raises:
+            BackendUnavailable: the backend asked for (argument, `use_backend`, MMFAST_BACKEND, in that
+                order) cannot run the call.
+            ValueError: no such backend.
+        """
+        request = backend or _requested or _DEFAULT
+        for candidate in self.backends:
+            if request is None:
+                if candidate.refusal(call, machine, by_name=False) is None:
+                    return candidate.name
+            elif candidate.name == request:
+                reason = candidate.refusal(call, machine, by_name=True)
+                if reason is None:
+                    return request
+                raise BackendUnavailable(f"{self.name}: backend {request!r} cannot run this call: {reason}")
+        have = ", ".join(candidate.name for candidate in self.backends)
+        if request in NAMES:
+            raise BackendUnavailable(f"{self.name}: has no {request!r} backend; it has {have}")
+        raise ValueError(f"{self.name}: unknown backend {request!r}; use one of {', '.join(NAMES)}")
+
+    def explain(self, call: Any, machine: Machine, backend: str | None = None) -> str:
+        """One line for each backend: chosen, or why not."""
+        chosen = self.select(call, machine, backend)
+        lines = [f"{self.name} runs on: {chosen}"]
+        for candidate in self.backends:
+            if candidate.name != chosen:
+                reason = candidate.refusal(call, machine, by_name=False) or f"{chosen} comes first"
+                lines.append(f"  {candidate.name}: {reason}")
+        return "\n".join(lines)
+
+
+OPS: dict[str, Op] = {}
+
+
+def known(backend: str | None) -> str | None:
+    """Returns `backend` if it names one (or None), else raises ValueError."""
+    if backend is not None and backend not in NAMES:
+        raise ValueError(f"backend: got {backend!r}; use one of {', '.join(NAMES)}")
+    return backend
+
+
+_DEFAULT = known(os.environ.get("MMFAST_BACKEND") or None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the context every op, in every thread, runs on `backend`; where it cannot: BackendUnavailable."""
+    global _requested
+    before, _requested = _requested, known(backend)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
+    """Which backend `op(*args, **kwargs)` would run on, and why each other one would not.
+
+    Args:
+        op: a function of `mmfast.ops`, or its name.
+        backend: as in the op itself.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPS:
+        raise ValueError(f"explain: {name!r} is no op of mmfast; use one of {', '.join(sorted(OPS))}")
+    entry = OPS[name]
+    call = entry.check(*args, **kwargs)
+    return entry.explain(call, machine(call.device), backend)
+
+
+def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]) -> Any:
+    """Registers `mmfast::<name>`, whose implementation is picked by its last argument, `str backend`.
+
+    Args:
+        name: e.g. "spatio_temporal_pool_fwd".
+        schema: arguments without `backend`, and the result: "(Tensor x, int n) -> Tensor".
+        fake: same arguments, `backend` included; gives outputs of the right shape, dtype and device.
+        kernels: backend name to implementation, which takes the arguments without `backend`.
+
+    Returns:
+        The op, to be called with `backend` last.
+    """
+    arguments, result = schema.rsplit("->", 1)
+    arguments = arguments.rstrip().removesuffix(")")
+    LIBRARY.define(f"{name}{arguments}, str backend) -> {result.strip()}")
+
+    def run(*args: Any) -> Any:
+        return kernels[args[-1]](*args[:-1])
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"mmfast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.mmfast, name).default

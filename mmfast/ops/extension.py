@@ -1,0 +1,62 @@
+"""The compiled extension `mmfast._C`: loaded when first needed, absent without harm."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# The codes of DType in csrc/tensor_view.h.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float64: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.bool: 6,
+}
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("mmfast._C"), ""
+    except ImportError as error:
+        return None, f"the compiled extension mmfast._C cannot be imported ({error})"
+
+
+def missing(part: str) -> str | None:
+    """Why the extension cannot serve `part` ("cpu" or "cuda"); None if it can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if part == "cuda" and not module.has_cuda:
+        return "the compiled extension was built without CUDA (nvcc not found, or MMFAST_CUDA=OFF)"
+    return None
+
+
+def module() -> ModuleType:
+    """`mmfast._C`.
+
+    Raises:
+        ImportError: it is not built; the message says why.
+    """
+    found, reason = _load()
+    if found is None:
+        raise ImportError(reason)
+    return found
+
+
+def view(tensor: torch.Tensor) -> View:
+    """What C++ takes for a tensor: (address, dtype code, shape, strides in elements)."""
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def stream(device: torch.device) -> int:
+    """The address of PyTorch's current CUDA stream on `device`."""
+    return torch.cuda.current_stream(device).cuda_stream

@@ -1,0 +1,156 @@
+"""Compiles every Triton configuration and every CUDA file for the GPUs we support, without a GPU.
+
+Prints for each: registers a thread, bytes spilled, shared memory, and whether a tensor-core instruction
+is there. Fails on a failed compile, on a spill, and where a kernel that should use tensor cores does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPABILITIES = (80, 90, 100)
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+
+
+@dataclass
+class Row:
+    """What one kernel compiled to for one architecture."""
+
+    kernel: str
+    architecture: str
+    registers: int | None = None
+    spilled: int = 0
+    shared: int = 0
+    tensor_core: bool = False
+    error: str = ""
+
+
+def triton_rows() -> Iterator[Row]:
+    """Compiles every case that a module of kernels/ lists in `compile_cases()`."""
+    # Compilation is for real GPUs; the interpreter would replace the kernels by Python functions.
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        module = importlib.import_module(f"mmfast.kernels.{path.stem}")
+        for case in module.compile_cases():
+            for capability in CAPABILITIES:
+                row = Row(f"{path.stem}: {case['name']}", f"sm_{capability}")
+                source = ASTSource(fn=case["fn"], signature=case["signature"], constexprs=case["constexprs"])
+                options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 2)}
+                try:
+                    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                except Exception as error:  # any failure of the compiler is a finding, reported with its row
+                    row.error = str(error).strip().splitlines()[-1] or type(error).__name__
+                else:
+                    _read_cubin(kernel, row)
+                    if case.get("tensor_core") and not row.tensor_core:
+                        row.error = "no tensor-core instruction"
+                yield row
+
+
+def _read_cubin(kernel: Any, row: Row) -> None:
+    row.shared = kernel.metadata.shared
+    row.tensor_core = bool(TENSOR_CORE.search(kernel.asm["ptx"]))
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"].encode())
+        file.flush()
+        architecture = re.search(r"\.target\s+(\w+)", kernel.asm["ptx"])
+        target = architecture.group(1) if architecture else row.architecture
+        run = subprocess.run(
+            [_ptxas(), "-v", f"-arch={target}", file.name, "-o", os.devnull], capture_output=True, text=True
+        )
+    if run.returncode:
+        row.error = run.stderr.strip().splitlines()[-1]
+        return
+    _read_ptxas(run.stderr, row)
+
+
+def _ptxas() -> str:
+    import triton
+
+    bundled = sorted(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
+    return str(bundled[-1]) if bundled else "ptxas"
+
+
+def _read_ptxas(text: str, row: Row) -> None:
+    if found := re.search(r"Used (\d+) registers", text):
+        row.registers = int(found.group(1))
+    if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text):
+        row.spilled = int(found.group(1)) + int(found.group(2))
+    if found := re.search(r"(\d+) bytes smem", text):
+        row.shared = max(row.shared, int(found.group(1)))
+
+
+def cuda_rows(nvcc: str) -> Iterator[Row]:
+    """Compiles every file of csrc/cuda and reads what ptxas says of each kernel in it."""
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for architecture in CUDA_ARCHITECTURES:
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "out.cubin"
+                command = [nvcc, "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
+                command += ["-I", str(ROOT / "csrc"), str(path), "-o", str(cubin)]
+                run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                message = (run.stderr.strip().splitlines() or ["nvcc failed"])[0]
+                yield Row(path.name, architecture, error=message)
+                continue
+            for entry in re.split(r"(?=Compiling entry function)", run.stderr)[1:]:
+                name = re.search(r"'([^']+)'", entry)
+                row = Row(f"{path.name}: {_demangle(name.group(1)) if name else '?'}", architecture)
+                _read_ptxas(entry, row)
+                yield row
+
+
+def _demangle(name: str) -> str:
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    if not filt:
+        return name
+    readable = subprocess.run([filt, name], capture_output=True, text=True).stdout.strip()
+    return re.sub(r"\(anonymous namespace\)::|mmfast::|^void |\(.*\)$", "", readable)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-cuda", action="store_true", help="Triton kernels only")
+    options = parser.parse_args()
+
+    rows = []
+    print(f"{'kernel':<72} {'arch':<8} {'regs':>5} {'spill':>6} {'shared':>7}  tensor core")
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    sources = [triton_rows()]
+    if not options.no_cuda and nvcc:
+        sources.append(cuda_rows(nvcc))
+    for source in sources:
+        for row in source:
+            rows.append(row)
+            registers = "?" if row.registers is None else row.registers
+            verdict = row.error or ("SPILLS" if row.spilled else "yes" if row.tensor_core else "no")
+            print(
+                f"{row.kernel[:72]:<72} {row.architecture:<8} {registers:>5} {row.spilled:>6} {row.shared:>7}  {verdict}",
+                flush=True,
+            )
+    if not nvcc:
+        print("nvcc not found: the CUDA files were not compiled")
+    bad = [row for row in rows if row.error or row.spilled]
+    print(f"{len(rows)} compiled, {len(bad)} bad")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
