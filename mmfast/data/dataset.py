@@ -1,0 +1,98 @@
+"""A data set of encoded samples, made when asked for, and the check that every sample teaches something."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+from mmfast.data.processor import Encoded, Processor
+from mmfast.data.samples import Sample
+
+
+class EncodedDataset(Dataset[Encoded]):
+    """Samples encoded by a processor, one at a time when indexed; nothing is kept.
+
+    Args:
+        samples: a list or any sequence, also one that makes its samples when indexed.
+        processor: encodes them.
+        media_folder: where image paths start.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: Processor,
+        media_folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.samples = samples
+        self.processor = processor
+        self.media_folder = media_folder
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """The encoded sample.
+
+        Raises:
+            ValueError: as `Processor.encode`; or the sample has no supervised token.
+        """
+        encoded = self.processor.encode(self.samples[index], media_folder=self.media_folder)
+        if encoded.supervised_tokens == 0:
+            raise ValueError(f"sample '{encoded.id}' {_reason(self.processor)}")
+        return encoded
+
+
+@dataclass(frozen=True)
+class SupervisionReport:
+    """What `check_supervision` counted: samples, tokens (image tokens included), tokens that are learned."""
+
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+
+
+def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> SupervisionReport:
+    """Refuses a data set in which a sample has no supervised token; opens no image.
+
+    Args:
+        dataset: to check.
+        limit: look at the first `limit` samples only. The others are checked when they are indexed.
+
+    Raises:
+        ValueError: names the first of these samples and their number; or as `Processor.encode`; or the data set is
+            empty.
+    """
+    from tqdm import tqdm
+
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 1:
+        raise ValueError(f"check_supervision: {len(dataset)} samples, limit is {limit}; expected at least one sample")
+    tokens = supervised = longest = 0
+    unsupervised: list[str] = []
+    for index in tqdm(range(count), desc="checking samples", unit="sample", disable=count <= 2000):
+        encoded = dataset.processor.encode(dataset.samples[index], load_images=False)
+        tokens += len(encoded.input_ids)
+        longest = max(longest, len(encoded.input_ids))
+        supervised += encoded.supervised_tokens
+        if encoded.supervised_tokens == 0:
+            unsupervised.append(encoded.id)
+    if unsupervised:
+        names = ", ".join(f"'{name}'" for name in unsupervised[:10])
+        more = ", …" if len(unsupervised) > 10 else ""
+        raise ValueError(
+            f"check_supervision: {len(unsupervised)} of {count} samples ({names}{more}): each "
+            + _reason(dataset.processor)
+        )
+    return SupervisionReport(count, tokens, supervised, longest)
+
+
+def _reason(processor: Processor) -> str:
+    return (
+        f"has no supervised token within max_length={processor.max_length} (template '{processor.template.name}'), so "
+        "nothing would be learned from it; raise max_length, shorten the question, or remove the sample"
+    )

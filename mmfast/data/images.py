@@ -1,0 +1,98 @@
+"""Opening images: every failure names the sample and the file; no path leaves the media folder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmfast.data.samples import ImagePart, check_media_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def load_image(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Image:
+    """The image of `part` in RGB, turned upright by its EXIF orientation.
+
+    Args:
+        part: `part["image"]` is a path (relative to `media_folder`, or absolute and below it) or a PIL image.
+        media_folder: needed for paths only. Links are followed, and must end inside it.
+        sample_id: for the errors.
+
+    Raises:
+        ValueError: the file is missing, broken, cut short, no image, or has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`; or the path leaves `media_folder`.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    source = part["image"]
+    if isinstance(source, str):
+        source = _resolve(source, media_folder, sample_id)
+    # Decoders raise far more than OSError on broken files (SyntaxError, ValueError, struct.error, ...): whatever
+    # they raise, the file is at fault.
+    try:
+        if isinstance(source, PIL.Image.Image):
+            return PIL.ImageOps.exif_transpose(source).convert("RGB")
+        with PIL.Image.open(source) as image:
+            width, height = image.size
+            # Pillow itself only warns between one and two times this limit.
+            limit = PIL.Image.MAX_IMAGE_PIXELS
+            if limit is not None and width * height > limit:
+                raise ValueError(f"{width}x{height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:
+        raise ValueError(
+            f"sample '{sample_id}': cannot read image '{source}': {type(error).__name__}: {error}; expected an image "
+            "that Pillow opens; replace it or remove the sample"
+        ) from error
+
+
+def pad_to_square(image: Image, mean: Sequence[float]) -> Image:
+    """`image` in the middle of a square whose border has the mean colour.
+
+    Args:
+        image: RGB.
+        mean: the image processor's `image_mean`, three values in [0, 1]; the border is floor(255 · mean).
+
+    Returns:
+        A square image; an odd border is one pixel wider at the bottom or right. A square image is returned as is.
+
+    Source: LLaVA `llava/mm_utils.py` (Apache-2.0), which pads so in its second training stage and in evaluation.
+    """
+    import PIL.Image
+
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    colour = tuple(math.floor(255 * value) for value in mean)
+    square = PIL.Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _resolve(path: str, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Path:
+    where = f"sample '{sample_id}'"
+    if media_folder is None:
+        raise ValueError(f"{where}: image path {path!r} without a media folder; pass media_folder")
+    check_media_path(path, media_folder, where)
+    try:
+        folder = Path(media_folder).resolve()
+        file = (folder / path).resolve()
+        is_file = file.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL or an over-long name
+        raise ValueError(f"{where}: image path {path!r} cannot be resolved: {error}; correct the path") from error
+    if not file.is_relative_to(folder):
+        raise ValueError(
+            f"{where}: image path {path!r} leads to '{file}', outside the media folder '{folder}'; links may not "
+            "leave it; pass the folder that holds all media as media_folder"
+        )
+    if not is_file:
+        raise ValueError(
+            f"{where}: image '{file}' does not exist or is no file; image paths start at the media folder '{folder}'"
+        )
+    return file

@@ -1,0 +1,311 @@
+"""Samples: the one form every data set is read into, its checks, and the readers of data files.
+
+    {"id": "cat-1", "messages": [
+        {"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
+                                     {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cat."}]}
+
+A sample has 0..N images, anywhere in its user turns. A content that is a plain string means one text part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
+
+IMAGE_MARKER = "<image>"
+"""What stands for an image in the text of a LLaVA JSON file."""
+
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+class TextPart(TypedDict):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(TypedDict):
+    """An image: a path relative to the media folder, or a `PIL.Image.Image`."""
+
+    type: Literal["image"]
+    image: Any
+
+
+Part: TypeAlias = TextPart | ImagePart
+
+
+class Message(TypedDict):
+    """One turn; `content` as a string means one text part."""
+
+    role: Literal["system", "user", "assistant"]
+    content: list[Part] | str
+
+
+class Sample(TypedDict):
+    """One conversation. `answer` and `kind` are used by evaluation only; further keys are kept as they are."""
+
+    id: str
+    messages: list[Message]
+    answer: NotRequired[str]
+    kind: NotRequired[str]
+
+
+def content_parts(message: Message) -> list[Part]:
+    """The content of `message` as a list of parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content
+
+
+def without_last_answer(sample: Sample) -> Sample:
+    """`sample` without its final assistant turn: what a model is asked when the answer is to be generated."""
+    messages = sample["messages"]
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return cast(Sample, {**sample, "messages": messages})
+
+
+def validate_sample(sample: Any, where: str = "sample", allow_empty_answers: bool = False) -> None:
+    """Checks that `sample` has the form above.
+
+    The turns are an optional system turn, then user and assistant in turn, beginning with user. A sample may end
+    with a user turn (a question to be answered). Images stand in user turns only.
+
+    Args:
+        sample: to check.
+        where: begins the errors, for example the file and line.
+        allow_empty_answers: accept answers without text, as a model may give them in a conversation.
+
+    Raises:
+        ValueError: names `where` (for example the file), the sample's id and the field.
+    """
+    if not isinstance(sample, Mapping):
+        raise ValueError(f"{where}: a sample is {_shown(sample)}; expected an object with 'id' and 'messages'")
+    sample_id = sample.get("id")
+    if not isinstance(sample_id, str) or not sample_id:
+        raise ValueError(f"{where}: id is {_shown(sample_id)}; expected a non-empty string; name every sample")
+    where = f"{where} '{sample_id}'"
+    messages = sample.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages is {_shown(messages)}; expected a non-empty list of turns")
+    for index, message in enumerate(messages):
+        _validate_message(message, f"{where}: messages[{index}]", allow_empty_answers)
+    _validate_turn_order([message["role"] for message in messages], where)
+
+
+def _validate_message(message: Any, where: str, allow_empty_answers: bool) -> None:
+    if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant"):
+        role = message.get("role") if isinstance(message, Mapping) else message
+        raise ValueError(f"{where}.role is {_shown(role)}; accepted are 'system', 'user', 'assistant'")
+    content = message.get("content")
+    if not isinstance(content, str | list):
+        raise ValueError(f"{where}.content is {_shown(content)}; expected a string or a list of parts")
+    parts = content_parts(cast(Message, message))
+    for index, part in enumerate(parts):
+        _validate_part(part, message["role"], f"{where}.content[{index}]")
+    if message["role"] != "assistant" or allow_empty_answers:
+        return
+    if not "".join(cast(TextPart, part)["text"] for part in parts).strip():
+        raise ValueError(f"{where}.content: the answer is empty; remove the turn or give it a text")
+
+
+def _validate_part(part: Any, role: str, where: str) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}.text is {_shown(part.get('text'))}; expected a string")
+    elif kind == "image":
+        if role != "user":
+            raise ValueError(f"{where}: an image in a turn of '{role}'; move it to a user turn")
+        image = part.get("image")
+        # A PIL image is recognised by what is used of it, so that Pillow need not be imported here.
+        if not (isinstance(image, str) and image) and not hasattr(image, "convert"):
+            raise ValueError(f"{where}.image is {_shown(image)}; expected a path or a PIL image")
+    else:
+        raise ValueError(f"{where} is {_shown(part)}; accepted types are 'text' and 'image'")
+
+
+def _validate_turn_order(roles: list[str], where: str) -> None:
+    first = 1 if roles[0] == "system" else 0
+    if len(roles) == first:
+        raise ValueError(f"{where}: only a system turn; expected a user turn after it")
+    for index, role in enumerate(roles[first:]):
+        expected = "assistant" if index % 2 else "user"
+        if role != expected:
+            raise ValueError(
+                f"{where}: messages[{first + index}] is a turn of '{role}' where one of '{expected}' is expected; "
+                "after an optional system turn, user and assistant take turns; merge or remove turns"
+            )
+
+
+def check_media_path(path: str, media_folder: str | os.PathLike[str], where: str) -> None:
+    """Refuses a path that, as written, leaves `media_folder`; touches no file (links are followed on opening).
+
+    Raises:
+        ValueError: `path` has a `..`, or is absolute and not below `media_folder`.
+    """
+    pure = PurePath(path)
+    escapes = ".." in pure.parts
+    if pure.is_absolute() and not escapes:
+        escapes = not pure.is_relative_to(os.path.abspath(media_folder))
+    if escapes:
+        raise ValueError(
+            f"{where}: image path {path!r} leaves the media folder '{os.fspath(media_folder)}'; accepted are paths "
+            "below it; pass the folder that holds all media as media_folder"
+        )
+
+
+def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[str] | None = None) -> list[Sample]:
+    """Reads a data file; what it holds is told from the content of each record.
+
+    - a JSON list, or JSON Lines, of samples as described in this module;
+    - the same of LLaVA records: `{"id", "image": path | [paths], "conversations": [{"from": "human" | "gpt",
+      "value"}]}`. Every `<image>` in a human turn becomes an image part at its position. Without any marker the
+      images come first in the first human turn.
+
+    A missing id becomes `<file stem>-<index>`. LLaVA files use the image's name as the id of several records, so
+    there a repeated id gets a suffix (`#2`, `#3`, …).
+
+    Args:
+        path: the file, UTF-8.
+        media_folder: where the image paths start; default: the folder of `path`. Files are not opened here.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: broken JSON (file and line), a malformed sample (id and field), a repeated id in a file of
+            messages, markers that do not match the images, a path that leaves the media folder.
+    """
+    path = Path(path)
+    folder = path.parent if media_folder is None else Path(media_folder)
+    samples: list[Sample] = []
+    unnamed: list[Sample] = []
+    taken: dict[str, int] = {}
+    for index, (where, record) in enumerate(_records(path)):
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a record is {_shown(record)}; expected an object")
+        is_llava, is_named = "conversations" in record, record.get("id") is not None
+        name = str(record["id"]) if is_named else f"{path.stem}-{index}"
+        where = f"{where}: sample"
+        sample = _from_llava(record, name, where) if is_llava else cast(Sample, {**record, "id": name})
+        validate_sample(sample, where)
+        for part in _image_parts(sample):
+            if isinstance(part["image"], str):
+                check_media_path(part["image"], folder, f"{where} '{name}'")
+        if not is_named:
+            unnamed.append(sample)
+        elif name in taken and not is_llava:
+            raise ValueError(
+                f"{where} '{name}': an earlier sample has the same id; ids name samples in errors and results; make "
+                "them unique, or remove them"
+            )
+        else:
+            sample["id"] = _unique(name, taken)
+        samples.append(sample)
+    for sample in unnamed:
+        sample["id"] = _unique(sample["id"], taken)
+    if not samples:
+        raise ValueError(f"{path}: no samples; expected a JSON list or JSON Lines of samples")
+    return samples
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """`name`, or `name` with the first free suffix; `taken` counts the uses of each name."""
+    unique = name
+    while unique in taken:
+        taken[name] += 1
+        unique = f"{name}#{taken[name]}"
+    taken[unique] = 1
+    return unique
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a JSON list or of JSON Lines, each with the place it was read from."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); expected a list of samples"
+            ) from error
+        for record in records:
+            yield str(path), record
+        return
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: broken JSON: {error.msg} (column {error.colno}); expected one whole object per "
+                "line, or a file that is one JSON list"
+            ) from error
+
+
+def _from_llava(record: dict[str, Any], name: str, where: str) -> Sample:
+    """A LLaVA record as a sample; keys other than `image` and `conversations` are kept."""
+    where = f"{where} '{name}'"
+    images = record.get("image")
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: image is {_shown(images)}; expected a path or a list of paths")
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{where}: conversations is {_shown(turns)}; expected a non-empty list of turns")
+    for index, turn in enumerate(turns):
+        is_turn = isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn.get("from") in _LLAVA_ROLES
+        if not is_turn:
+            raise ValueError(
+                f"{where}: conversations[{index}] is {_shown(turn)}; expected {{'from': 'human' | 'gpt', 'value': ...}}"
+            )
+    roles = [_LLAVA_ROLES[turn["from"]] for turn in turns]
+    values = [turn["value"] for turn in turns]
+    markers = sum(value.count(IMAGE_MARKER) for role, value in zip(roles, values, strict=True) if role == "user")
+    if markers == 0 and images and "user" in roles:
+        first = roles.index("user")
+        values[first] = IMAGE_MARKER * len(images) + values[first]
+    elif markers != len(images):
+        raise ValueError(
+            f"{where}: {markers} '{IMAGE_MARKER}' in the human turns but {len(images)} images; expected one marker "
+            "per image (or no marker at all: images then come first)"
+        )
+    remaining = iter(images)
+    messages = []
+    for role, value in zip(roles, values, strict=True):
+        content = _split_markers(value, remaining) if role == "user" else value
+        messages.append({"role": role, "content": content})
+    rest = {key: value for key, value in record.items() if key not in ("image", "conversations")}
+    return cast(Sample, {**rest, "id": name, "messages": messages})
+
+
+def _split_markers(value: str, images: Iterator[str]) -> list[Part]:
+    parts: list[Part] = []
+    for index, text in enumerate(value.split(IMAGE_MARKER)):
+        if index > 0:
+            parts.append({"type": "image", "image": next(images)})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _image_parts(sample: Sample) -> Iterator[ImagePart]:
+    for message in sample["messages"]:
+        for part in content_parts(message):
+            if part["type"] == "image":
+                yield part
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

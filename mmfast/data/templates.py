@@ -1,0 +1,221 @@
+"""Conversation templates: a conversation becomes pieces of text that know whether they are supervised.
+
+Labels are made from these pieces while they are tokenised; a rendered string is never taken apart again.
+Source of the texts and separators: LLaVA `llava/conversation.py`, `llava/train/train.py` (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast
+
+from mmfast.data.samples import ImagePart, Message, TextPart, content_parts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text, and whether the model learns to write it. It is text throughout: never a control token."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class ControlPiece:
+    """The tokenizer's token for the begin or the end of a text (the begin is left out if it has none)."""
+
+    token: Literal["bos", "eos"]
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class ImagePiece:
+    """The place of an image; never supervised."""
+
+    part: ImagePart
+    supervised: Literal[False] = False
+
+
+AnyPiece: TypeAlias = Piece | ControlPiece | ImagePiece
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written. One turn is
+
+        user_prefix question user_suffix | answer_prefix answer answer_suffix [eos]
+
+    with all after the bar supervised, and generation begins at the bar. So the space before an answer belongs to
+    the answer: with the token " 3", or "▁" and "3", the model writes the space itself.
+
+    Args:
+        name: what it is asked for by.
+        system: system text; a system turn in the conversation takes its place.
+        system_format: how a non-empty system text is written; it has the field `{system}`.
+        system_in_user: the system text stands after the first `user_prefix`, not before it.
+        keep_question: False drops the text of the question (and the system text) and keeps the images; there is
+            one question then.
+        eos: every answer ends with the tokenizer's end-of-text token.
+        bos_between: every turn but the first begins with the tokenizer's begin-of-text token.
+        stop: what ends generation.
+
+    Raises:
+        ValueError: `user_suffix` ends in white space, which tokenizers join to the answer's first token.
+    """
+
+    name: str
+    system: str = ""
+    system_format: str = "{system} "
+    system_in_user: bool = False
+    user_prefix: str = "USER: "
+    user_suffix: str = " ASSISTANT:"
+    answer_prefix: str = " "
+    answer_suffix: str = ""
+    keep_question: bool = True
+    eos: bool = True
+    bos_between: bool = False
+    stop: Literal["eos", "newline"] = "eos"
+
+    def __post_init__(self) -> None:
+        if self.user_suffix != self.user_suffix.rstrip():
+            raise ValueError(
+                f"template '{self.name}': user_suffix is {self.user_suffix!r}; it must not end in white space, which "
+                "would be part of the answer's first token; move the white space to answer_prefix"
+            )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[AnyPiece]:
+        """The pieces of a conversation.
+
+        An image followed by text is written `<image>` newline text; of that text, the white space at its begin and
+        at the end of the turn is left out.
+
+        Args:
+            messages: an optional system turn, then user and assistant in turn (see `validate_sample`).
+            add_generation_prompt: the conversation ends with a question, and the pieces where the answer begins.
+
+        Raises:
+            ValueError: the last turn is not the assistant's (the user's if `add_generation_prompt`), or a template
+                without questions gets several.
+        """
+        last, expected = messages[-1]["role"], "user" if add_generation_prompt else "assistant"
+        if last != expected:
+            raise ValueError(
+                f"template '{self.name}': the last turn is of '{last}'; expected '{expected}' with "
+                f"add_generation_prompt={add_generation_prompt}; "
+                + ("remove the answer" if add_generation_prompt else "remove the question without an answer")
+            )
+        system = self.system
+        if messages[0]["role"] == "system":
+            system, messages = _text(messages[0]), messages[1:]
+        if not self.keep_question and len(messages) > 2:
+            raise ValueError(
+                f"template '{self.name}': {len(messages)} turns; it takes one question and one answer; use another "
+                f"template for conversations ({', '.join(n for n, t in TEMPLATES.items() if t.keep_question)})"
+            )
+        head = self.system_format.format(system=system) if system and self.keep_question else ""
+        pieces: list[AnyPiece] = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                answer = self.answer_prefix + _text(message) + self.answer_suffix
+                pieces.append(Piece(answer, supervised=True))
+                if self.eos:
+                    pieces.append(ControlPiece("eos", supervised=True))
+                continue
+            if index > 0 and self.bos_between:
+                pieces.append(ControlPiece("bos", supervised=False))
+            prefix = self.user_prefix
+            if index == 0:
+                prefix = prefix + head if self.system_in_user else head + prefix
+            pieces += [Piece(prefix, supervised=False), *self._question(message)]
+            pieces.append(Piece(self.user_suffix, supervised=False))
+        return [piece for piece in pieces if not isinstance(piece, Piece) or piece.text]
+
+    def _question(self, message: Message) -> list[AnyPiece]:
+        parts = content_parts(message)
+        if not self.keep_question:
+            return [ImagePiece(part) for part in parts if part["type"] == "image"]
+        pieces: list[AnyPiece] = []
+        for part in parts:
+            if part["type"] == "image":
+                pieces.append(ImagePiece(part))
+            elif pieces and isinstance(pieces[-1], ImagePiece):
+                text = part["text"].lstrip()
+                pieces += [Piece("\n" + text, supervised=False)] if text else []
+            else:
+                pieces.append(Piece(part["text"], supervised=False))
+        if len(pieces) > 1 and isinstance(pieces[-1], Piece) and isinstance(pieces[-2], ImagePiece):
+            pieces[-1] = Piece(pieces[-1].text.rstrip(), supervised=False)
+        return pieces
+
+
+def _text(message: Message) -> str:
+    return "".join(cast(TextPart, part)["text"] for part in content_parts(message))
+
+
+_USER_AND_ASSISTANT = (
+    "A chat between a curious {user} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
+)
+
+_LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+
+_LLAVA_LLAMA_2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+def _llama_2(name: str, system: str) -> Template:
+    return Template(
+        name,
+        system=system,
+        system_format="<<SYS>>\n{system}\n<</SYS>>\n\n",
+        system_in_user=True,
+        user_prefix="[INST] ",
+        user_suffix=" [/INST]",
+        answer_suffix=" ",
+        bos_between=True,
+    )
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template(
+            "plain",
+            user_prefix="",
+            user_suffix="",
+            answer_prefix="",
+            answer_suffix="\n",
+            keep_question=False,
+            eos=False,
+            stop="newline",
+        ),
+        Template("vicuna_v1", system=_USER_AND_ASSISTANT.format(user="user")),
+        Template("llava_v1", system=_USER_AND_ASSISTANT.format(user="human")),
+        _llama_2("llama_2", _LLAMA_2_SYSTEM),
+        _llama_2("llava_llama_2", _LLAVA_LLAMA_2_SYSTEM),
+        Template("short"),
+    )
+}
+"""The templates by name. `plain` is that of the alignment stage: images, caption, newline. `llava_v1` says "human"
+where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. `short` is `vicuna_v1` without a system
+text, for small models."""
+
+
+def get_template(name: str) -> Template:
+    """The template called `name`.
+
+    Raises:
+        ValueError: no such template; lists the names.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"get_template: no template '{name}'; accepted are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
