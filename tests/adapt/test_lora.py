@@ -1,0 +1,205 @@
+"""add_lora, remove_lora and merge_lora on a tiny Llama, and against the peft package."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mmfast.adapt import (
+    add_lora,
+    has_lora,
+    lora_parameters,
+    merge_lora,
+    merged_state_dict,
+    remove_lora,
+)
+from mmfast.nn import LoRALinear
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 4, 4, 2, 11]])
+
+
+def tiny_llama(**options: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **{"tie_word_embeddings": False, **options},
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def randomise(model: nn.Module) -> None:
+    """Gives the adapters values of the size that training gives them."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in lora_parameters(model).values():
+        parameter.data.normal_(0.0, 0.05, generator=generator)
+
+
+def test_logits_at_the_start_are_the_frozen_models_bit_for_bit() -> None:
+    model = tiny_llama()
+    before = logits(model)
+    names = add_lora(model, ALL, rank=4, alpha=8)
+    assert len(names) == 2 * len(ALL)
+    assert names[0] == "model.layers.0.self_attn.q_proj"
+    assert all(isinstance(model.get_submodule(name), LoRALinear) for name in names)
+    assert torch.equal(logits(model), before)
+
+
+def test_only_the_adapters_get_a_gradient() -> None:
+    model = tiny_llama().requires_grad_(False)
+    add_lora(model, ["q_proj", "down_proj"], rank=4, alpha=8)
+    randomise(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == set(lora_parameters(model))
+    assert len(trained) == 2 * 2 * 2
+
+
+def test_base_keys_do_not_change_and_old_checkpoints_load() -> None:
+    model = tiny_llama()
+    old = copy.deepcopy(model.state_dict())
+    add_lora(model, ALL, rank=4, alpha=8)
+    result = model.load_state_dict(old, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == set(lora_parameters(model))
+
+
+def test_remove_restores_the_model_bit_for_bit() -> None:
+    model = tiny_llama()
+    before, weights, modules = logits(model), copy.deepcopy(model.state_dict()), repr(model)
+    names = add_lora(model, ALL, rank=4, alpha=8)
+    randomise(model)
+    assert not torch.equal(logits(model), before)
+    assert remove_lora(model) == names
+    assert not has_lora(model)
+    assert repr(model) == modules
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert remove_lora(model) == []
+
+
+def test_merge_equals_the_unmerged_model() -> None:
+    model = tiny_llama()
+    add_lora(model, ALL, rank=4, alpha=8)
+    randomise(model)
+    unmerged, original = logits(model), copy.deepcopy(remove_copy(model).state_dict())
+    change = merge_lora(model)
+    assert not has_lora(model)
+    assert not any("lora" in key for key in model.state_dict())
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-5, atol=1e-5)
+    largest = max((value - original[key]).abs().max().item() for key, value in model.state_dict().items())
+    assert change == pytest.approx(largest, rel=1e-6)
+    assert change > 0.01
+
+
+def remove_copy(model: nn.Module) -> nn.Module:
+    base = copy.deepcopy(model)
+    remove_lora(base)
+    return base
+
+
+def test_merge_of_bfloat16_rounds_the_float32_sum_once() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    add_lora(model, ["q_proj"], rank=4, alpha=8)
+    randomise(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    exact = layer.weight.float() + layer.scaling * layer.lora_b @ layer.lora_a
+    merge_lora(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, exact.to(torch.bfloat16))
+
+
+def test_merged_state_dict_is_what_merge_gives_and_touches_nothing() -> None:
+    model = tiny_llama()
+    add_lora(model, ALL, rank=4, alpha=8)
+    randomise(model)
+    before = copy.deepcopy(model.state_dict())
+    state = merged_state_dict(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    merge_lora(model)
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    assert not any(value.requires_grad for value in state.values())
+
+
+def test_merged_state_dict_without_lora_is_the_state_dict() -> None:
+    model = tiny_llama()
+    assert merged_state_dict(model).keys() == model.state_dict().keys()
+
+
+def test_equals_peft_with_the_same_adapters() -> None:
+    model = tiny_llama()
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=ALL, lora_dropout=0.0, bias="none")
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    add_lora(model, ALL, rank=4, alpha=16)
+    randomise(model)
+    for name, parameter in lora_parameters(model).items():
+        layer, _, which = name.rpartition(".")
+        letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[which]
+        other = theirs.get_parameter(f"base_model.model.{layer}.{letter}.default.weight")
+        assert other.shape == parameter.shape
+        other.data.copy_(parameter.data)
+    ours_out, theirs_out = logits(model), logits(theirs)
+    assert (ours_out - theirs_out).norm() / theirs_out.norm() < 1e-6
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    theirs(input_ids=IDS, labels=IDS).loss.backward()
+    gradient = model.model.layers[0].self_attn.v_proj.lora_a.grad
+    expected = theirs.get_parameter("base_model.model.model.layers.0.self_attn.v_proj.lora_A.default.weight").grad
+    assert (gradient - expected).norm() / expected.norm() < 1e-5
+    merge_lora(model)
+    merged = logits(theirs.merge_and_unload())
+    assert (logits(model) - merged).norm() / merged.norm() < 1e-6
+
+
+def test_a_layer_used_twice_is_replaced_in_both_places() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": nn.ModuleDict({"proj": shared}), "second": nn.ModuleDict({"proj": shared})})
+    assert add_lora(model, ["proj"], rank=2, alpha=2) == ["first.proj", "second.proj"]
+    assert model["first"]["proj"] is model["second"]["proj"]
+    assert len(lora_parameters(model)) == 2
+    merge_lora(model)
+    assert model["first"]["proj"] is model["second"]["proj"]
+
+
+def test_nothing_changes_when_one_layer_is_refused() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="weight of lm_head is tied to model"):
+        add_lora(model, ["q_proj", "lm_head"], rank=2, alpha=2)
+    assert not has_lora(model)
+
+
+def test_wrong_targets_are_named() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"no layer is named \['query'\].*'q_proj'"):
+        add_lora(model, ["q_proj", "query"], rank=2, alpha=2)
+    with pytest.raises(ValueError, match=r"no layer is named \[\]"):
+        add_lora(model, [], rank=2, alpha=2)
+    with pytest.raises(TypeError, match="the string 'q_proj'"):
+        add_lora(model, "q_proj", rank=2, alpha=2)
+    with pytest.raises(TypeError, match="mlp is a LlamaMLP"):
+        add_lora(model, ["mlp"], rank=2, alpha=2)
+    assert not has_lora(model)
+
+
+def test_a_second_lora_and_a_merge_without_one_are_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="merge_lora: the module has no LoRA"):
+        merge_lora(model)
+    add_lora(model, ["q_proj"], rank=2, alpha=2)
+    with pytest.raises(ValueError, match="add_lora: the module has LoRA already"):
+        add_lora(model, ["v_proj"], rank=2, alpha=2)
+    with pytest.raises(ValueError, match="the module itself is the LoRALinear"):
+        remove_lora(model.model.layers[0].self_attn.q_proj)
