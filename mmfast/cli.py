@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -29,6 +29,9 @@ COMMANDS = {
     "env": Command("what is installed here, and which backends can run", "mmfast.environment:show"),
 }
 
+# Set before transformers is imported: no network unless asked, our own progress bars only.
+_QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 after an error, 2 for a bad command line, 130 after Ctrl-C."""
@@ -44,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"mmfast: there is no command {words[0]!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         return _run(words[0], words[1:])
     except KeyboardInterrupt:
@@ -87,8 +92,9 @@ def _with_underscores(word: str) -> str:
 
 
 def _parser(name: str, description: str) -> Any:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(prog=f"mmfast {name}", description=description)
 
 
@@ -97,8 +103,11 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     from docstring_parser import parse
 
     described = {entry.arg_name: entry.description for entry in parse(target.__doc__ or "").params}
-    parameters = inspect.signature(target).parameters.values()
+    parameters = list(inspect.signature(target).parameters.values())
     flags = [entry.name for entry in parameters if entry.default is False]
+    lists = {f"--{entry.name}" for entry in parameters if "list[" in str(entry.annotation)}
+    # jsonargparse appends with `--image+`; to say `--image a --image b` is what people try.
+    words = [f"{word}+" if word in lists else word for word in words]
     parser = _parser(name, COMMANDS[name].help)
     parser.add_function_arguments(target, as_positional=True, skip=set(flags))
     for flag in flags:
@@ -108,8 +117,7 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
 
 def _train(train: Callable[..., Any], words: list[str]) -> None:
     """`mmfast train [RECIPE] [--config FILE] [--resume] [--option value ...]`, later ones over earlier ones."""
-    from mmfast.train import TrainConfig
-    from mmfast.train.config import recipe_names, recipe_path
+    from mmfast.train import TrainConfig, load_recipe, recipe_names
 
     parser = _parser(
         "train",
@@ -121,8 +129,8 @@ def _train(train: Callable[..., Any], words: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on exactly where the run in --out stopped")
     parser.add_class_arguments(TrainConfig)
     if words and not words[0].startswith("-"):
-        words = ["--config", str(recipe_path(words[0])), *words[1:]]
+        parser.set_defaults(asdict(load_recipe(words.pop(0))))
     values = vars(parser.instantiate_classes(parser.parse_args(words)))
-    values.pop("config")
+    del values["config"]
     resume = values.pop("resume")
     train(TrainConfig(**values), resume=resume)
