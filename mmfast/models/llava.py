@@ -1,0 +1,312 @@
+"""LLaVA: CLIP's patch features, projected, stand among the text embeddings as if they were words.
+
+Source: Liu et al., "Visual Instruction Tuning" (linear connector) and "Improved Baselines with Visual
+Instruction Tuning" (two-layer MLP, LLaVA-1.5); the learning rates are those of the scripts of
+https://github.com/haotian-liu/LLaVA (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mmfast.connectors import build_connector
+from mmfast.encoders import ClipEncoder
+from mmfast.models.base import MultimodalModel
+from mmfast.models.llava_transformers import is_llava_folder, read_llava, write_llava
+from mmfast.models.parts import (
+    absolute_name,
+    open_language_model,
+    open_processor,
+    resolve_language_model,
+    text_config_of,
+)
+from mmfast.models.stages import LoraSpec, Stage
+from mmfast.models.trained import (
+    check_projector_widths,
+    find_trained,
+    read_description,
+    read_shapes,
+    read_state,
+)
+
+if TYPE_CHECKING:
+    from mmfast.data import Processor
+
+__all__ = ["Llava", "LlavaConfig"]
+
+_SETTINGS = ("connector", "vision_feature_layer", "vision_feature_select_strategy", "template")
+_PROCESSOR_SETTINGS = ("max_length", "pad_to_square")
+# LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
+_STAGES_V1_5 = {
+    "align": Stage("align", "plain", {"connector": 1e-3}),
+    "instruct": Stage("instruct", "vicuna_v1", {"connector": 2e-5, "language_model": 2e-5}),
+    "instruct_lora": Stage(
+        "instruct_lora", "vicuna_v1", {"connector": 2e-5, "lora": 2e-4}, LoraSpec(128, 256, dropout=0.05)
+    ),
+}
+# The first LLaVA, known by its linear connector: scripts/{pretrain,finetune,finetune_lora}.sh.
+_STAGES_V1 = {
+    "align": Stage("align", "plain", {"connector": 2e-3}),
+    "instruct": Stage("instruct", "vicuna_v1", {"connector": 2e-5, "language_model": 2e-5}),
+    "instruct_lora": Stage(
+        "instruct_lora", "vicuna_v1", {"connector": 2e-5, "lora": 2e-5}, LoraSpec(64, 16, dropout=0.05)
+    ),
+}
+
+
+class LlavaConfig(PreTrainedConfig):
+    """Configuration of `Llava`.
+
+    Args:
+        text_config: Configuration of the language model, or its dict.
+        vision_config: Configuration of the CLIP vision tower, or its dict.
+        connector: Kind of connector, see `mmfast.connectors.build_connector`.
+        vision_feature_layer: Index of the tower's hidden states that become features.
+        vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
+        image_token_id: Id that marks the place of a feature; it may lie beyond the vocabulary.
+        template: Name of the conversation template to chat with.
+    """
+
+    model_type = "mmfast_llava"
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        connector: str = "mlp2x_gelu",
+        vision_feature_layer: int = -2,
+        vision_feature_select_strategy: str = "default",
+        image_token_id: int = 32000,
+        template: str = "vicuna_v1",
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _as_config(text_config, "llama")
+        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.connector = connector
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token_id = image_token_id
+        self.template = template
+        super().__init__(**kwargs)
+
+
+class Llava(MultimodalModel):
+    """LLaVA and LLaVA-1.5.
+
+    `Llava(config)` has random weights; `from_parts` puts a fresh connector between two pretrained models;
+    `from_pretrained` opens a trained one.
+
+    Args:
+        config: The configuration.
+        encoder: The encoder; None builds one from the configuration. Likewise the two below.
+        connector: The connector.
+        language_model: The language model.
+        processor: Turns samples into batches.
+    """
+
+    config_class = LlavaConfig
+
+    def __init__(
+        self,
+        config: LlavaConfig,
+        encoder: ClipEncoder | None = None,
+        connector: nn.Module | None = None,
+        language_model: PreTrainedModel | None = None,
+        processor: Processor | None = None,
+    ) -> None:
+        if encoder is None:
+            encoder = ClipEncoder.from_config(
+                config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
+            )
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if connector is None:
+            connector = build_connector(config.connector, encoder.hidden_size, _width(language_model))
+        super().__init__(config, encoder, connector, language_model, processor)
+        self.base_names = {"llm": "", "encoder": ""}
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: str | Path,
+        encoder: str | Path,
+        connector: str = "mlp2x_gelu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        vision_feature_layer: int = -2,
+        vision_feature_select_strategy: str = "default",
+        template: str = "vicuna_v1",
+    ) -> Llava:
+        """Puts a fresh connector between a pretrained language model and a pretrained vision tower.
+
+        Args:
+            llm: Folder of a causal language model with its tokenizer, or "world" for the shipped one.
+            encoder: Folder of a CLIP model with its image processor, or "world" for the shipped one.
+            connector: Kind of connector, see `mmfast.connectors.build_connector`; it is made in float32.
+            dtype: Dtype of the two pretrained models.
+            vision_feature_layer: Index of the tower's hidden states that become features.
+            vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
+            template: Name of the conversation template to chat with.
+
+        Raises:
+            FileNotFoundError: If a folder does not exist.
+            ValueError: If a folder lacks weights, or the connector is unknown.
+        """
+        llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
+        vision = ClipEncoder.from_pretrained(
+            encoder_folder, vision_feature_layer, vision_feature_select_strategy, dtype
+        )
+        bridge = build_connector(connector, vision.hidden_size, text_config_of(llm_folder).hidden_size)
+        language_model = open_language_model(llm_folder, dtype)
+        processor = open_processor(llm_folder, encoder_folder, template, vision.num_patches)
+        config = LlavaConfig(
+            text_config=language_model.config,
+            vision_config=vision.config,
+            connector=connector,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_token_id=processor.image_token_id,
+            template=template,
+        )
+        model = cls(config, vision, bridge, language_model, processor)
+        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        llm: str | Path | None = None,
+        encoder: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Llava:
+        """Opens a trained model, its `processor` included.
+
+        Args:
+            folder: A folder of `save_trained`, a run folder (its `model` is opened), or a folder in
+                transformers' layout of `LlavaForConditionalGeneration`.
+            llm: The language model to use in place of the one written down, should it have moved.
+            encoder: The encoder to use in place of the one written down.
+            dtype: Dtype of the two base models; by default the one they were saved or trained in. The
+                connector is float32.
+
+        Raises:
+            FileNotFoundError: If the folder holds no model, or a base model is not where it was.
+            ValueError: If sizes or names do not fit; the message has both sides.
+        """
+        folder = Path(folder).expanduser()
+        trained = find_trained(folder)
+        if trained is not None:
+            return cls._from_trained(trained, llm, encoder, dtype)
+        if not is_llava_folder(folder):
+            raise FileNotFoundError(
+                f"Llava.from_pretrained: {folder} holds no LLaVA model; a folder with mmfast.json, a finished run "
+                "folder (with model/mmfast.json) or a folder whose config.json has model_type llava is accepted"
+            )
+        if llm is not None or encoder is not None:
+            raise ValueError(
+                f"Llava.from_pretrained: {folder} is in transformers' layout and has its own language model and "
+                f"encoder, but llm is {llm!r} and encoder {encoder!r}; None is accepted for both"
+            )
+        return cls._from_transformers(folder, dtype)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes transformers' LLaVA layout with the processor's files; LoRA is merged in the written copy.
+
+        Args:
+            save_directory: The folder to write; `LlavaForConditionalGeneration.from_pretrained` opens it.
+            **kwargs: Passed to transformers' `save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            ValueError: If the connector is not "mlp2x_gelu", the only one that layout has.
+        """
+        write_llava(self, Path(save_directory), **kwargs)
+
+    def stages(self) -> dict[str, Stage]:
+        """The published "align", "instruct" and "instruct_lora", for the connector's generation of LLaVA."""
+        return dict(_STAGES_V1 if self.config.connector == "linear" else _STAGES_V1_5)
+
+    def describe(self) -> dict[str, Any]:
+        """The parts and settings that `from_pretrained` needs beside the trained tensors."""
+        description = {
+            "system": "llava",
+            **self.base_names,
+            **{name: getattr(self.config, name) for name in _SETTINGS},
+            "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        }
+        if self.processor is not None:
+            description["template"] = self.processor.template.name
+            description["processor"] = {name: getattr(self.processor, name) for name in _PROCESSOR_SETTINGS}
+        return description
+
+    @classmethod
+    def _from_trained(
+        cls, folder: Path, llm: str | Path | None, encoder: str | Path | None, dtype: torch.dtype | None
+    ) -> Llava:
+        where = "Llava.from_pretrained"
+        description = read_description(folder)
+        names = {"llm": llm or description["llm"], "encoder": encoder or description["encoder"]}
+        for part, name in names.items():
+            if name != "world" and not Path(name).expanduser().is_dir():
+                raise FileNotFoundError(
+                    f"{where}: {folder} was trained on the {part} {name!r}, which is not there; a local folder or "
+                    f'"world" is accepted; pass its new place: Llava.from_pretrained({str(folder)!r}, {part}=...)'
+                )
+        # From headers and configurations alone, so that nothing large is loaded before the refusal.
+        widths = (_vision_width(names["encoder"]), text_config_of(resolve_language_model(names["llm"])).hidden_size)
+        check_projector_widths(where, read_shapes(folder), *widths)
+        dtype = dtype or getattr(torch, description["dtype"])
+        if names["llm"] == names["encoder"] and is_llava_folder(Path(names["llm"])):
+            model = cls._from_transformers(Path(names["llm"]), dtype)
+        else:
+            chosen = {name: description[name] for name in _SETTINGS}
+            model = cls.from_parts(names["llm"], names["encoder"], dtype=dtype, **chosen)
+        for name, value in description.get("processor", {}).items():
+            setattr(model.processor, name, value)
+        if description["lora"] is not None:
+            lora = description["lora"]
+            model.add_lora(LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
+        model.trained_parts = set(description["trained"])
+        model.load_trained_state(read_state(folder))
+        return model.eval()
+
+    @classmethod
+    def _from_transformers(cls, folder: Path, dtype: torch.dtype | None) -> Llava:
+        from mmfast.data import Processor
+
+        parts = read_llava(folder, dtype)
+        # A folder that mmfast wrote has its own settings; one of transformers is taken for LLaVA-1.5.
+        template = None if (folder / "mmfast_processor.json").is_file() else "vicuna_v1"
+        processor = Processor.from_pretrained(folder, template, tokens_per_image=parts.encoder.num_patches)
+        config = LlavaConfig(
+            text_config=parts.language_model.config,
+            vision_config=parts.encoder.config,
+            connector="mlp2x_gelu",
+            vision_feature_layer=parts.encoder.layer,
+            vision_feature_select_strategy=parts.encoder.select,
+            image_token_id=parts.image_token_id,
+            template=processor.template.name,
+        )
+        model = cls(config, parts.encoder, parts.connector, parts.language_model, processor)
+        model.base_names = {"llm": absolute_name(folder), "encoder": absolute_name(folder)}
+        return model.eval()
+
+
+def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    return AutoConfig.for_model(**{"model_type": default, **(config or {})})
+
+
+def _width(language_model: PreTrainedModel) -> int:
+    return cast(Any, language_model.get_input_embeddings()).weight.shape[1]
+
+
+def _vision_width(name: str | Path) -> int:
+    config: Any = AutoConfig.from_pretrained(ClipEncoder.resolve(name))
+    return getattr(config, "vision_config", config).hidden_size

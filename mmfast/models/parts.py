@@ -1,0 +1,74 @@
+"""Opening the frozen parts of a model from local folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+# Several releases of transformers offer this class at their top only where torchvision is; it needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+if TYPE_CHECKING:
+    from mmfast.data import Processor
+
+__all__ = ["absolute_name", "open_language_model", "open_processor", "resolve_language_model", "text_config_of"]
+
+
+def resolve_language_model(name: str | Path) -> Path:
+    """The folder that `name` stands for: "world" is the language model shipped with the package.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+    if name == "world":
+        from mmfast import world
+
+        return world.weights("llm")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"language model: the folder {folder} does not exist; a local folder with a causal language model or "
+            '"world" is accepted; nothing is downloaded, so fetch the model first'
+        )
+    return folder
+
+
+def absolute_name(name: str | Path) -> str:
+    """How a base model is written down: "world" as it is, a folder by its absolute path."""
+    return "world" if name == "world" else str(Path(name).expanduser().resolve())
+
+
+def text_config_of(folder: Path) -> Any:
+    """The configuration of the language model in `folder`, also inside a multimodal one."""
+    return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+
+
+def open_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a causal language model with all its weights.
+
+    Raises:
+        ValueError: If weights are missing in the folder.
+    """
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = opened
+    if report["missing_keys"]:
+        raise ValueError(
+            f"language model: {folder} lacks the weights {sorted(report['missing_keys'])[:8]}; a folder with a whole "
+            "causal language model is accepted; was the download complete?"
+        )
+    return model
+
+
+def open_processor(tokenizer_folder: Path, image_folder: Path, template: str, tokens_per_image: int) -> Processor:
+    """Joins the language model's tokenizer and the encoder's image processor."""
+    from mmfast.data import Processor, get_template
+
+    return Processor(
+        AutoTokenizer.from_pretrained(tokenizer_folder),
+        AutoImageProcessor.from_pretrained(image_folder),
+        template=get_template(template),
+        tokens_per_image=tokens_per_image,
+    )

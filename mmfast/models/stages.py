@@ -1,0 +1,203 @@
+"""What a training stage trains, and a model that can be set to a stage and keep what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.adapt import add_lora, has_lora, lora_parameters, merge_lora
+from mmfast.models.trained import check_projector_widths, check_state, write_trained
+
+__all__ = ["LLAMA_LINEARS", "PARTS", "LoraSpec", "Stage", "StagedModel"]
+
+PARTS = ("encoder", "connector", "language_model", "lora")
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters on the language model's linear layers."""
+
+    rank: int
+    """Rank of each update."""
+    alpha: float
+    """Scale of the update before the division by the rank."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the low-rank path's input while training."""
+    targets: tuple[str, ...] = LLAMA_LINEARS
+    """Last components of the names of the layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: everything that `train` does not name is frozen."""
+
+    name: str
+    """Name of the stage, such as "align"."""
+    template: str
+    """Name of the conversation template its data is rendered with."""
+    train: Mapping[str, float]
+    """Learning rate of each trained part: "connector", "language_model", "lora" or "encoder"."""
+    lora: LoraSpec | None = None
+    """Adapters that the stage needs; they are added when absent."""
+
+
+class StagedModel(nn.Module):
+    """The half of a model that knows its parts: what trains, with which rate, and what has to be kept.
+
+    Attributes:
+        encoder: Frozen in every stage; has `hidden_size`.
+        connector: Trained in every published stage, and always saved.
+        language_model: A causal language model of transformers.
+        lora_spec: The LoRA that the language model has.
+        trained_parts: Every part that a stage trained so far; these are saved.
+    """
+
+    encoder: Any
+    connector: nn.Module
+    language_model: Any
+    lora_spec: LoraSpec | None
+    trained_parts: set[str]
+
+    def stages(self) -> dict[str, Stage]:
+        """The published training stages by name."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its stages train")
+
+    def describe(self) -> dict[str, Any]:
+        """What `mmfast.json` says of the parts; enough to build the same model again."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is described")
+
+    def add_lora(self, spec: LoraSpec) -> list[str]:
+        """Adds LoRA to the language model and returns the names of the adapted layers.
+
+        Raises:
+            ValueError: If the language model has LoRA already or a target names no layer.
+        """
+        names = add_lora(self.language_model, spec.targets, spec.rank, spec.alpha, spec.dropout)
+        self.lora_spec = spec
+        self.trained_parts.add("lora")
+        return names
+
+    def merge_lora(self) -> None:
+        """Merges LoRA into the language model, which counts as trained from then on."""
+        merge_lora(self.language_model)
+        self.lora_spec = None
+        self.trained_parts = (self.trained_parts - {"lora"}) | {"language_model"}
+
+    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """The parameters of a part by their full names, each once.
+
+        Raises:
+            ValueError: If the part is not one of "encoder", "connector", "language_model" and "lora".
+        """
+        if part not in PARTS:
+            raise ValueError(f"{type(self).__name__}: the part is {part!r}; accepted are {', '.join(PARTS)}")
+        adapters = {f"language_model.{name}": p for name, p in lora_parameters(self.language_model).items()}
+        if part == "lora":
+            return adapters
+        named = getattr(self, part).named_parameters(prefix=part)
+        return {name: parameter for name, parameter in named if name not in adapters}
+
+    def set_stage(self, stage: Stage) -> None:
+        """Adds the stage's LoRA where it is absent, freezes everything, then unfreezes what the stage trains.
+
+        Raises:
+            ValueError: If the stage trains a part that this model does not have or cannot train, or needs
+                another LoRA than the one that is there.
+        """
+        self._check_stage(stage)
+        if stage.lora is not None and self.lora_spec is None:
+            self.add_lora(stage.lora)
+        self.requires_grad_(False)
+        for part in stage.train:
+            for parameter in self.part_parameters(part).values():
+                parameter.requires_grad_(True)
+        self.trained_parts |= set(stage.train)
+
+    def parameter_groups(self, stage: Stage) -> list[dict[str, Any]]:
+        """One group {"name", "params", "lr"} for each part that the stage trains; only what requires a gradient."""
+        groups = []
+        for part, rate in stage.train.items():
+            params = [p for p in self.part_parameters(part).values() if p.requires_grad]
+            if params:
+                groups.append({"name": part, "params": params, "lr": rate})
+        return groups
+
+    def parameter_table(self) -> str:
+        """A table of the trainable and all parameters of each part."""
+        rows = [("part", "trainable", "total")]
+        sums = [0, 0]
+        for part in PARTS:
+            parameters = self.part_parameters(part).values()
+            counts = [sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)]
+            sums = [total + count for total, count in zip(sums, counts, strict=True)]
+            if part != "lora" or counts[1]:
+                rows.append((part, f"{counts[0]:,}", f"{counts[1]:,}"))
+        rows.append(("all", f"{sums[0]:,}", f"{sums[1]:,}"))
+        return "\n".join(f"{part:<15}{trainable:>17}{total:>17}" for part, trainable, total in rows)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every tensor that any stage so far trained, by its full name; a tied weight appears once."""
+        parts = [part for part in PARTS if part in self.trained_parts]
+        return {name: p.detach() for part in parts for name, p in self.part_parameters(part).items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copies a `trained_state` into the model, whose LoRA and trained parts must be the same.
+
+        Raises:
+            ValueError: If a tensor is missing, unexpected or of another shape; nothing is copied then.
+        """
+        where = f"{type(self).__name__}.load_trained_state"
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_projector_widths(where, shapes, self.encoder.hidden_size, self._width)
+        own = self.trained_state()
+        check_state(where, own, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def save_trained(self, folder: str | Path) -> None:
+        """Writes `trained.safetensors` and `mmfast.json`, which `from_pretrained` opens on the same base models.
+
+        Raises:
+            ValueError: If LoRA was added or removed past `add_lora` and `merge_lora` of this model.
+        """
+        if has_lora(self.language_model) != (self.lora_spec is not None):
+            raise ValueError(
+                f"{type(self).__name__}.save_trained: the language model's LoRA was changed from outside; LoRA of "
+                "this model's add_lora, set_stage and merge_lora is accepted; use those"
+            )
+        lora = None if self.lora_spec is None else asdict(self.lora_spec)
+        trained = [part for part in PARTS if part in self.trained_parts]
+        write_trained(Path(folder), self.trained_state(), {**self.describe(), "lora": lora, "trained": trained})
+
+    @property
+    def _width(self) -> int:
+        """Width C of the language model's embeddings."""
+        return self.language_model.get_input_embeddings().weight.shape[1]
+
+    def _check_stage(self, stage: Stage) -> None:
+        where = f"{type(self).__name__}.set_stage: the stage {stage.name!r}"
+        unknown = [part for part in stage.train if part not in PARTS]
+        if unknown or "encoder" in stage.train:
+            raise ValueError(
+                f"{where} trains {', '.join(unknown) or 'encoder'}; accepted are connector, language_model and lora; "
+                "the encoder stays frozen"
+            )
+        if stage.lora is not None and self.lora_spec is not None and stage.lora != self.lora_spec:
+            raise ValueError(
+                f"{where} needs {stage.lora} but the model has {self.lora_spec}; the same is accepted; call "
+                "merge_lora() first, or set the stage's LoRA to the model's"
+            )
+        has_adapters = stage.lora is not None or self.lora_spec is not None
+        if "lora" in stage.train and not has_adapters:
+            raise ValueError(f"{where} trains lora but neither it nor the model has one; give the stage a LoraSpec")
+        if "language_model" in stage.train and has_adapters:
+            raise ValueError(
+                f"{where} trains the language model under its LoRA; one of both is accepted; call merge_lora() first"
+            )
