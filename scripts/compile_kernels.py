@@ -51,7 +51,7 @@ def triton_rows() -> Iterator[Row]:
         for case in module.compile_cases():
             for capability in CAPABILITIES:
                 row = Row(f"{path.stem}: {case['name']}", f"sm_{capability}")
-                source = ASTSource(fn=case["fn"], signature=case["signature"], constexprs=case["constexprs"])
+                source = ASTSource(case["fn"], case["signature"], case["constexprs"], case.get("attrs"))
                 options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 2)}
                 try:
                     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -141,10 +141,8 @@ def main() -> int:
             rows.append(row)
             registers = "?" if row.registers is None else row.registers
             verdict = row.error or ("SPILLS" if row.spilled else "yes" if row.tensor_core else "no")
-            print(
-                f"{row.kernel[:72]:<72} {row.architecture:<8} {registers:>5} {row.spilled:>6} {row.shared:>7}  {verdict}",
-                flush=True,
-            )
+            figures = f"{registers:>5} {row.spilled:>6} {row.shared:>7}"
+            print(f"{row.kernel[:72]:<72} {row.architecture:<8} {figures}  {verdict}", flush=True)
     if not nvcc:
         print("nvcc not found: the CUDA files were not compiled")
     bad = [row for row in rows if row.error or row.spilled]

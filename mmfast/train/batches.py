@@ -1,0 +1,111 @@
+"""The micro-batches of each optimiser step, from any step on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmfast.data import BatchPlan, EncodedDataset
+
+if TYPE_CHECKING:
+    from mmfast.data import Processor
+    from mmfast.data.processor import Encoded
+
+__all__ = ["MicroBatch", "supervised_tokens", "training_windows"]
+
+IGNORE_INDEX = -100
+_GRACE_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass gets."""
+
+    ids: list[str]
+    """The samples' ids, for messages."""
+    inputs: dict[str, Tensor]
+    """input_ids, attention_mask, labels and, with images, pixel_values; on the CPU."""
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in page-locked memory; the loader calls it where there is a GPU."""
+        return MicroBatch(self.ids, {name: value.pin_memory() for name, value in self.inputs.items()})
+
+
+def supervised_tokens(labels: Tensor) -> int:
+    """Tokens of a batch that enter the loss: the first of a row is never predicted, so it does not count."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def training_windows(
+    dataset: EncodedDataset,
+    plan: BatchPlan,
+    steps: range,
+    micro_batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[MicroBatch]]:
+    """Yields one optimiser step's micro-batches of this process after the other.
+
+    Args:
+        dataset: The encoded samples.
+        plan: Which samples form which step, over all processes.
+        steps: The steps of the stage that are wanted, counted from 0.
+        micro_batch_size: Samples per micro-batch; the last of a step may have fewer.
+        num_workers: Processes that prepare micro-batches. The result does not depend on it.
+        rank: Number of this process. It takes every `world_size`-th sample of a step; a small last batch of
+            an epoch may leave it without any.
+        world_size: Number of processes.
+    """
+    windows = _Windows(plan, steps, micro_batch_size, rank, world_size)
+    loader: DataLoader[Encoded] = DataLoader(
+        dataset,
+        batch_sampler=(chunk for window in windows for chunk in window),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_Collate(dataset.processor),
+        worker_init_fn=_outlive_stop_signals,
+        # An own generator: by default the loader draws from the global one, which dropout uses.
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+    batches: Iterator[Any] = iter(loader)
+    for window in windows:
+        yield [next(batches) for _ in window]
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """The sample indices of each step's micro-batches in this process; may be gone through any number of times."""
+
+    plan: BatchPlan
+    steps: range
+    micro_batch_size: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        size = self.micro_batch_size
+        for batch in self.plan.batches(self.steps.start, self.steps.stop):
+            share = batch[self.rank :: self.world_size]
+            yield [share[start : start + size] for start in range(0, len(share), size)]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    processor: Processor
+
+    def __call__(self, encoded: list[Encoded]) -> MicroBatch:
+        return MicroBatch([item.id for item in encoded], self.processor.collate(encoded))
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    # Ctrl-C and many schedulers signal the whole process group, but the step before the checkpoint still needs its
+    # batches. SIGTERM only delays the end: it is also how an exiting parent gets rid of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))

@@ -1,0 +1,355 @@
+"""Training: stage after stage, step after step, to be stopped and continued anywhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from mmfast.evaluate.samples import open_samples
+from mmfast.train.batches import MicroBatch, training_windows
+from mmfast.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state, write_checkpoint
+from mmfast.train.config import StageConfig, TrainConfig
+from mmfast.train.log import Display, StepLog
+from mmfast.train.memory import peak_memory_mb, reset_peak_memory
+from mmfast.train.rng import rng_state, seed_everything, set_rng_state
+from mmfast.train.run import Progress, RunFolder, StageResult, versions
+from mmfast.train.schedule import steps_in_stage, warmup_cosine
+from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_processor, torch_dtype
+from mmfast.train.signals import StopRequest, TrainingInterrupted
+from mmfast.train.step import (
+    WindowResult,
+    accumulate_gradients,
+    build_optimizer,
+    check_gradients,
+    clip_gradients,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from mmfast.data import BatchPlan
+    from mmfast.models.base import MultimodalModel
+    from mmfast.models.stages import Stage
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass
+class TrainResult:
+    """A finished run."""
+
+    model: MultimodalModel
+    """The trained model, in evaluation mode."""
+    out: Path
+    """The run folder; `Llava.from_pretrained` opens it."""
+    stages: list[StageResult]
+    """The stages in order, those finished before a resume included."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    nonfinite_steps: int
+    """Steps that were skipped because the loss or a gradient was not finite."""
+
+
+@dataclass
+class _Run:
+    """What the functions below share."""
+
+    config: TrainConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    model: MultimodalModel
+    progress: Progress
+    log: StepLog
+    stop: StopRequest
+
+
+@dataclass
+class _RunningStage:
+    """One stage while it trains."""
+
+    stage: Stage
+    config: StageConfig
+    plan: BatchPlan
+    total: int
+    optimizer: torch.optim.Optimizer
+    names: dict[nn.Parameter, str]
+    windows: Iterator[list[MicroBatch]]
+
+
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    after_stage: Callable[[MultimodalModel, StageResult], None] | None = None,
+) -> TrainResult:
+    """Trains a model as `config` says and writes the run folder `config.out`.
+
+    A resumed run gives bit for bit what the uninterrupted one gives, on the same machine and number of
+    processes. SIGTERM and Ctrl-C end the running step, write a checkpoint and stop.
+
+    Args:
+        config: The run.
+        resume: Continue the run in `config.out` from its newest checkpoint, instead of starting one there.
+        after_stage: Called with the model (in evaluation mode) and the result after each stage that ends in
+            this call.
+
+    Raises:
+        ValueError: If the configuration is not complete, or is not the one of the run to resume.
+        FileExistsError: If a new run would overwrite one.
+        FileNotFoundError: If there is nothing to resume.
+        RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, or something that should
+            train gets no gradient.
+        TrainingInterrupted: After a checkpoint was written because of SIGTERM or Ctrl-C.
+    """
+    from accelerate import Accelerator
+
+    config.check_complete()
+    # Autocast is entered by the step itself: accelerate fixes one precision for the whole process.
+    # And without cpu=True it would not see that there are several processes on CPUs.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    folder = RunFolder(config.out)
+    # One process after the other: the first may have to move a damaged checkpoint out of the way.
+    with accelerator.main_process_first():
+        checkpoint = folder.resume(config) if resume else None
+        if not resume:
+            folder.check_new()
+    seed_everything(config.seed)
+    model = build_model(config)
+    stages = [resolve_stage(model, stage) for stage in config.stages]
+    if not checkpoint and accelerator.is_main_process:
+        folder.start(config)
+    progress = Progress.from_dict(checkpoint.state["progress"]) if checkpoint else Progress()
+    if checkpoint:
+        # Each stage adds and trains what it needs, in order; then the parts are as they were.
+        for stage in stages[: progress.stage + (progress.step > 0)]:
+            enter_stage(model, stage, accelerator.device)
+        model.load_trained_state(checkpoint.trained)
+        accelerator.print(f"train: continuing after step {progress.total_steps}, from {checkpoint.path}")
+    with (
+        StepLog(folder.log, progress.total_steps, accelerator.is_main_process) as log,
+        StopRequest() as stop,
+    ):
+        run = _Run(config, folder, accelerator, model, progress, log, stop)
+        for index in range(progress.stage, len(stages)):
+            _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
+            if after_stage:
+                after_stage(model.eval(), progress.finished[-1])
+    if accelerator.is_main_process:
+        model.save_trained(folder.model)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"train: done; the model is in {folder.model}")
+    return TrainResult(model.eval(), folder.path, progress.finished, progress.total_steps, progress.nonfinite_steps)
+
+
+def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _RunningStage:
+    """Gets the stage ready, from its beginning or, in the midst of it, from `checkpoint`."""
+    progress, model, accelerator = run.progress, run.model, run.accelerator
+    config = run.config.stages[progress.stage]
+    # Each stage is seeded anew, so what happens between two stages cannot change the second.
+    seed = (run.config.seed + 1) * 1_000_003 + progress.stage
+    seed_everything(seed)
+    if checkpoint is None:
+        enter_stage(model, stage, accelerator.device)
+    set_processor(model, stage, config, run.config.max_length)
+    samples, media_folder = open_samples(
+        config.data or cast(str, run.config.data), config.media_folder or run.config.media_folder
+    )
+    from mmfast.data import BatchPlan, EncodedDataset
+
+    plan = BatchPlan(len(samples), config.batch_size, seed)
+    total = steps_in_stage(len(samples), config.batch_size, config.epochs, config.max_steps)
+    optimizer = build_optimizer(model, stage, config)
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
+    accelerator.print(model.parameter_table())
+    seed_everything(seed + accelerator.process_index)
+    if checkpoint is not None:
+        load_optimizer_state(optimizer, names, checkpoint.optimizer)
+        set_rng_state(_own(checkpoint.rng, accelerator.process_index), accelerator.device)
+    windows = training_windows(
+        EncodedDataset(samples, cast(Any, model.processor), media_folder),
+        plan,
+        range(progress.step, total),
+        config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes),
+        run.config.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return _RunningStage(stage, config, plan, total, optimizer, names, windows)
+
+
+def _train_stage(run: _Run, running: _RunningStage) -> None:
+    """Trains the stage's remaining steps and moves `run.progress` to the next stage."""
+    progress, device = run.progress, run.accelerator.device
+    display = Display(running.stage.name, running.total, progress.step, run.accelerator.is_main_process)
+    run.model.train()
+    reset_peak_memory(device)
+    started = time.perf_counter()
+    for window in running.windows:
+        rates = _set_rates(running, progress.step)
+        result, norm = _optimizer_step(run, running, window)
+        progress.step += 1
+        progress.total_steps += 1
+        now = time.perf_counter()
+        seconds, started = now - started, now
+        progress.seconds += seconds
+        progress.peak_memory_mb = max(progress.peak_memory_mb, peak_memory_mb(device))
+        _write_line(run, running, result, norm, rates, seconds)
+        display.update(progress.step, result.loss, result.correct_tokens / result.supervised_tokens)
+        if progress.step < running.total:
+            received = _stop_requested(run)
+            if received or progress.total_steps % run.config.save_every == 0:
+                path = _save(run, optimizer_state(running.optimizer, running.names))
+                if received:
+                    _leave(run, received, path)
+    display.close()
+    _finish_stage(run, running)
+
+
+def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch]) -> tuple[WindowResult, float]:
+    """One step, or none at all if the loss or a gradient is not finite; returns the sums and the gradient's norm."""
+    progress, stage, optimizer = run.progress, running.stage, running.optimizer
+    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config))
+    norm = clip_gradients(list(running.names), running.config.max_grad_norm)
+    finite = math.isfinite(result.loss) and math.isfinite(norm)
+    if finite:
+        # A window of text alone has no gradient for the connector: the first with images is judged.
+        if not progress.gradients_checked and (result.images or "connector" not in stage.train):
+            check_gradients(run.model, stage, window)
+            progress.gradients_checked = True
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    progress.supervised_tokens += result.supervised_tokens
+    progress.last_loss = result.loss if finite else None
+    if not finite:
+        _count_nonfinite(run, window)
+    return result, norm
+
+
+def _finish_stage(run: _Run, running: _RunningStage) -> None:
+    progress = run.progress
+    if not progress.gradients_checked:
+        run.accelerator.print(f"train: stage {running.stage.name} saw no image: the connector has not trained")
+    progress.finished.append(
+        StageResult(
+            name=running.stage.name,
+            steps=progress.step,
+            trainable_parameters=sum(parameter.numel() for parameter in running.names),
+            seconds=round(progress.seconds, 3),
+            peak_memory_mb=round(progress.peak_memory_mb, 1),
+            loss=progress.last_loss,
+        )
+    )
+    progress.next_stage()
+    path = _save(run, {})
+    received = _stop_requested(run)
+    if received and progress.stage < len(run.config.stages):
+        _leave(run, received, path)
+
+
+def _set_rates(running: _RunningStage, step: int) -> dict[str, float]:
+    factor = warmup_cosine(step, running.total, running.config.warmup_ratio)
+    for group in running.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return {group["name"]: group["lr"] for group in running.optimizer.param_groups}
+
+
+def _write_line(
+    run: _Run,
+    running: _RunningStage,
+    result: WindowResult,
+    norm: float,
+    rates: dict[str, float],
+    seconds: float,
+) -> None:
+    progress = run.progress
+    skipped = progress.last_loss is None
+    if progress.total_steps % run.config.log_every and not skipped:
+        return
+    run.log.write(
+        {
+            "step": progress.total_steps,
+            "stage": running.stage.name,
+            "stage_step": progress.step,
+            "epoch": running.plan.locate(progress.step - 1)[0],
+            "loss": progress.last_loss,
+            "token_accuracy": result.correct_tokens / result.supervised_tokens,
+            "supervised_tokens": result.supervised_tokens,
+            "lr": rates,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_second": round(result.tokens / seconds, 1),
+            "skipped": skipped,
+        }
+    )
+
+
+def _count_nonfinite(run: _Run, window: list[MicroBatch]) -> None:
+    progress, most = run.progress, run.config.max_nonfinite_steps
+    progress.nonfinite_steps += 1
+    ids = ", ".join(sample for batch in window for sample in batch.ids)
+    message = f"the loss or a gradient was not finite in step {progress.total_steps + 1}, samples {ids}"
+    if progress.nonfinite_steps > most:
+        raise RuntimeError(
+            f"train: {message}; {progress.nonfinite_steps} steps were skipped so far, max_nonfinite_steps = {most} "
+            "are accepted; look at these samples, lower the learning rate, or train in float32"
+        )
+    run.accelerator.print(f"train: {message}; the step was skipped ({progress.nonfinite_steps} of {most})")
+
+
+def _save(run: _Run, optimizer: dict[str, torch.Tensor]) -> Path:
+    """Writes a checkpoint of the whole run; every process calls it, the first one writes."""
+    from accelerate.utils import gather_object
+
+    accelerator = run.accelerator
+    state = rng_state(accelerator.device)
+    own = {f"{accelerator.process_index}/{name}": value for name, value in state.items()}
+    gathered = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    run.log.sync()
+    if accelerator.is_main_process:
+        write_checkpoint(
+            run.folder.checkpoints,
+            run.progress.total_steps,
+            {"progress": run.progress.to_dict(), "versions": versions()},
+            {
+                "trained": run.model.trained_state(),
+                "optimizer": optimizer,
+                "rng": {name: value for states in gathered for name, value in states.items()},
+            },
+            run.config.keep_checkpoints,
+        )
+    accelerator.wait_for_everyone()
+    return run.folder.checkpoints / f"step-{run.progress.total_steps:08d}"
+
+
+def _own(states: dict[str, torch.Tensor], process: int) -> dict[str, torch.Tensor]:
+    prefix = f"{process}/"
+    own = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    if not own:
+        raise ValueError(
+            f"train: the checkpoint has no random state for process {process}; the number of processes it was "
+            "written with is accepted"
+        )
+    return own
+
+
+def _stop_requested(run: _Run) -> str | None:
+    """The signal that asked to stop, in whichever process it arrived."""
+    received = run.stop.received
+    if run.accelerator.num_processes == 1:
+        return received
+    flag = torch.tensor(int(received is not None), device=run.accelerator.device)
+    total: Any = run.accelerator.reduce(flag, reduction="sum")
+    return received or ("a signal in another process" if int(total) else None)
+
+
+def _leave(run: _Run, received: str, path: Path) -> None:
+    raise TrainingInterrupted(
+        f"train: stopped by {received} after step {run.progress.total_steps}; saved {path}; "
+        f"continue with: mmfast train --config {run.folder.config} --resume"
+    )

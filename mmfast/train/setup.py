@@ -1,0 +1,118 @@
+"""From a configuration to the model and its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.train.config import StageConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from mmfast.models.base import MultimodalModel
+    from mmfast.models.stages import Stage
+
+__all__ = ["build_model", "enter_stage", "resolve_stage", "set_processor", "torch_dtype"]
+
+
+def torch_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the frozen weights and of the computation."""
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def build_model(config: TrainConfig) -> MultimodalModel:
+    """The model that a run starts with: pretrained parts and, unless `start_from` says otherwise, a fresh connector.
+
+    Raises:
+        FileNotFoundError: If a part or `start_from` is not there.
+        ValueError: If sizes do not fit, or `start_from` trained more than a connector.
+    """
+    from mmfast.models import get_system
+
+    model: MultimodalModel = get_system(config.system).from_parts(
+        config.llm, config.encoder, connector=config.connector, dtype=torch_dtype(config)
+    )
+    if config.start_from:
+        model.load_trained_state(_connector_of(config.start_from))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def resolve_stage(model: MultimodalModel, config: StageConfig) -> Stage:
+    """The model's stage of that name, with the configuration's values over the published ones.
+
+    Raises:
+        ValueError: If the model has no such stage, a learning rate names a part that does not train in it, or LoRA
+            is configured for a stage without.
+    """
+    table = model.stages()
+    if config.name not in table:
+        raise ValueError(f"train: stages.name is {config.name!r}; the model has {', '.join(table)}")
+    stage = table[config.name]
+    for part in config.lr:
+        if part not in stage.train:
+            raise ValueError(
+                f"train: stages.lr names {part!r}, which does not train in stage {stage.name}; "
+                f"{', '.join(stage.train)} are accepted"
+            )
+    changes = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    lora = stage.lora
+    if lora is not None:
+        lora = dataclasses.replace(lora, **given)
+    elif given:
+        raise ValueError(
+            f"train: stages.lora_{next(iter(given))} is set, but stage {stage.name} has no LoRA; None is accepted "
+            "there; use the stage instruct_lora"
+        )
+    rates = {**stage.train, **config.lr}
+    return dataclasses.replace(stage, template=config.template or stage.template, train=rates, lora=lora)
+
+
+def enter_stage(model: MultimodalModel, stage: Stage, device: torch.device) -> None:
+    """Adds, freezes and unfreezes as the stage says, and keeps what trains in float32.
+
+    In bfloat16 an update smaller than 1/256 of a weight would be rounded away.
+    """
+    model.set_stage(stage)
+    cast(nn.Module, model).to(device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def set_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max_length: int) -> None:
+    """Gives the model's processor the stage's template and limits; the model is saved with the template too."""
+    from mmfast.data import get_template
+
+    processor: Any = model.processor
+    processor.template = get_template(stage.template)
+    model.config.template = stage.template
+    limit = getattr(model.language_model.config, "max_position_embeddings", None) or max_length
+    processor.max_length = min(max_length, limit)
+    if config.pad_to_square is not None:
+        processor.pad_to_square = config.pad_to_square
+
+
+def _connector_of(folder: str) -> dict[str, Tensor]:
+    from mmfast.models.trained import find_trained, read_state
+
+    found = find_trained(Path(folder).expanduser())
+    if found is None:
+        raise FileNotFoundError(
+            f"train: start_from is {folder}, which holds no trained model; a finished run folder, or one written by "
+            "save_trained, is accepted; train the recipe of the first stage, or set start_from to null to begin with "
+            "an untrained connector"
+        )
+    state = read_state(found)
+    others = sorted({name.partition(".")[0] for name in state} - {"connector"})
+    if others:
+        raise ValueError(
+            f"train: start_from is {folder}, which also trained {', '.join(others)}; a run that trained the "
+            "connector alone is accepted"
+        )
+    return state

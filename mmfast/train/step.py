@@ -1,0 +1,157 @@
+"""One optimiser step: gradients of a window of micro-batches, their reduction over processes, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.train.batches import MicroBatch, supervised_tokens
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mmfast.models.base import MultimodalModel
+    from mmfast.models.stages import Stage
+    from mmfast.train.config import StageConfig
+
+__all__ = ["WindowResult", "accumulate_gradients", "build_optimizer", "check_gradients", "clip_gradients"]
+
+# LoRA starts with B = 0, so the first gradient of A is zero; only what ends so may have none.
+_ZERO_AT_FIRST = ("lora_a",)
+_NAMED = 6
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """Sums over a window of micro-batches and all processes."""
+
+    loss: float
+    """Mean over the supervised tokens."""
+    supervised_tokens: int
+    correct_tokens: int
+    tokens: int
+    """All tokens that are not padding."""
+    images: int
+
+
+def build_optimizer(model: MultimodalModel, stage: Stage, config: StageConfig) -> torch.optim.AdamW:
+    """AdamW over the stage's parameter groups; weight decay acts on matrices only.
+
+    Each group has the name of its part and, as `peak_lr`, the rate that the schedule scales.
+
+    Args:
+        model: A model in the stage `stage`.
+        stage: What trains, with its learning rates.
+        config: Gives the betas and the weight decay.
+    """
+    groups = []
+    for part in model.parameter_groups(stage):
+        matrices = [p for p in part["params"] if p.ndim >= 2]
+        vectors = [p for p in part["params"] if p.ndim < 2]
+        for params, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+            if params:
+                group = {"name": part["name"], "params": params, "lr": part["lr"], "peak_lr": part["lr"]}
+                groups.append(group | {"weight_decay": decay})
+    # Fused is the fastest form on CPUs too: for 60 small tensors 0.35 ms, against 1.1 (foreach) and 1.8.
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+
+
+def accumulate_gradients(
+    model: MultimodalModel, window: Sequence[MicroBatch], accelerator: Accelerator, dtype: torch.dtype
+) -> WindowResult:
+    """Adds to the gradients those of the window's mean loss per supervised token.
+
+    The mean is over the tokens of the whole window and of all processes, so neither the micro-batch size nor the
+    number of processes changes the result: each micro-batch adds the sum of its losses divided by that number.
+
+    Args:
+        model: The model in training mode; its gradients are zero or None.
+        window: The micro-batches of one step on this process; may be empty.
+        accelerator: Says where to compute, and sums over processes.
+        dtype: bfloat16 computes under autocast.
+    """
+    device = accelerator.device
+    counts = [
+        sum(supervised_tokens(batch.inputs["labels"]) for batch in window),
+        sum(int(batch.inputs["attention_mask"].sum()) for batch in window),
+        sum(len(batch.inputs["pixel_values"]) for batch in window if "pixel_values" in batch.inputs),
+    ]
+    supervised, tokens, images = _sum_over_processes(counts, accelerator)
+    loss = torch.zeros((), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    autocast = torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+    for batch in window:
+        inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+        with autocast:
+            output = model(**inputs, loss_reduction="sum")
+        part = output.loss / supervised
+        # A text-only micro-batch has no path to the connector, and nothing to add if that alone trains.
+        if part.requires_grad:
+            part.backward()
+        loss += part.detach()
+        correct += output.correct_tokens
+    if accelerator.num_processes > 1:
+        _sum_gradients(model, accelerator)
+        loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
+    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, images)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scales the gradients down to a global norm of at most `max_norm` (0: never) and returns the norm before."""
+    if max_norm:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True).item()
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True).item()
+
+
+def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> None:
+    """Checks that everything that trains got a gradient that says something.
+
+    LoRA's A is excepted: it has no gradient before B has left zero.
+
+    Raises:
+        RuntimeError: If a trainable tensor has no gradient, or a gradient of zeros; the message names the parts
+            and the first tensors, and the samples.
+    """
+    problems = []
+    for part in stage.train:
+        named = model.part_parameters(part)
+        missing = [name for name, p in named.items() if p.requires_grad and p.grad is None]
+        zero = [
+            name
+            for name, p in named.items()
+            if p.grad is not None and not name.endswith(_ZERO_AT_FIRST) and not bool(p.grad.any())
+        ]
+        for kind, names in (("no gradient", missing), ("a gradient of zeros", zero)):
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                problems.append(f"{part}: {len(names)} tensors have {kind} ({', '.join(names[:_NAMED])}{more})")
+    if problems:
+        ids = [sample for batch in window for sample in batch.ids]
+        raise RuntimeError(
+            f"train: in stage {stage.name}, after its first step, {'; '.join(problems)}; every tensor that trains "
+            f"must have a gradient; take the part out of the stage, or look at the samples {', '.join(ids[:_NAMED])}"
+        )
+
+
+def _sum_over_processes(counts: list[int], accelerator: Accelerator) -> list[int]:
+    if accelerator.num_processes == 1:
+        return counts
+    total: Any = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum")
+    return [int(count) for count in total.tolist()]
+
+
+def _sum_gradients(model: nn.Module, accelerator: Accelerator) -> None:
+    """Sums the gradients over processes. One without samples, or without images, takes part with zeros."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=accelerator.device)
+    anywhere: Any = accelerator.reduce(present, reduction="sum")
+    for parameter, count in zip(parameters, anywhere.tolist(), strict=True):
+        if count:
+            gradient: Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            summed: Any = accelerator.reduce(gradient, reduction="sum")
+            parameter.grad = summed

@@ -1,0 +1,66 @@
+"""The demo from end to end, with a few steps instead of hundreds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmfast import train
+from mmfast.demo import run_demo
+from mmfast.models import Llava
+from mmfast.train import load_recipe
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    recipe = load_recipe("llava-world")
+    stages = [replace(stage, max_steps=2, batch_size=8) for stage in recipe.stages]
+    monkeypatch.setattr(train, "load_recipe", lambda name: replace(recipe, stages=stages), raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_demo_reports_saves_and_runs_twice(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    report = run_demo(str(out), max_samples=12)
+    assert json.loads((out / "report.json").read_text()) == report
+    assert [stage["name"] for stage in report["stages"]] == ["align", "instruct_lora"]
+    for stage in report["stages"]:
+        assert stage["trainable_parameters"] > 10_000
+        assert stage["seconds"] > 0
+        assert stage["peak_memory_mb"] > 50
+        assert 0 <= stage["accuracy"] <= 1
+    # The model that was loaded from the disk answers as the one that was trained.
+    assert report["accuracy"] == report["stages"][-1]["accuracy"]
+    assert report["test_images"] == 12
+    assert 0 < report["chance_accuracy"] < 0.5
+    assert report["encoder_ceiling"] > 0.8
+    assert 0 <= report["text_only_accuracy"] <= 1
+    assert Image.open(out / "digits.png").size == (32, 32)
+    assert Image.open(out / "digits-large.png").size == (256, 256)
+    assert len(report["answers"]) == 3
+    printed = capsys.readouterr().out
+    for answer in report["answers"]:
+        assert answer["question"] in printed
+    assert "after stage align" in printed
+    assert Llava.from_pretrained(out).lora_spec is not None
+    again = run_demo(str(out), max_samples=12)
+    timed = {"seconds", "peak_memory_mb"}
+    for one, other in zip(report.pop("stages"), again.pop("stages"), strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    assert again == report
+
+
+def test_the_demo_replaces_no_other_folder(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something that no demo made"):
+        run_demo(str(tmp_path))
+    assert (tmp_path / "precious.txt").read_text() == "mine"

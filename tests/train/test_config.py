@@ -1,0 +1,100 @@
+"""Configurations: recipes, validation, and the copy in the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmfast.train import StageConfig, TrainConfig, load_config, load_recipe, recipe_names, save_config
+
+# scripts/{pretrain,finetune_full_schedule}.sh and scripts/v1_5/{pretrain,finetune,finetune_lora}.sh of LLaVA:
+# stage, batch, epochs, learning rates, LoRA rank and alpha.
+PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
+    "llava-v1": [
+        ("align", 128, 1, {"connector": 2e-3}, None, None),
+        ("instruct", 128, 3, {"connector": 2e-5, "language_model": 2e-5}, None, None),
+    ],
+    "llava-1.5-pretrain": [("align", 256, 1, {"connector": 1e-3}, None, None)],
+    "llava-1.5": [("instruct", 128, 1, {"connector": 2e-5, "language_model": 2e-5}, None, None)],
+    "llava-1.5-lora": [("instruct_lora", 128, 1, {"connector": 2e-5, "lora": 2e-4}, 128, 256)],
+}
+
+
+def test_recipes_are_the_named_ones() -> None:
+    assert recipe_names() == sorted([*PUBLISHED, "llava-world"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_numbers(name: str) -> None:
+    recipe = load_recipe(name)
+    stages = [(s.name, s.batch_size, s.epochs, s.lr, s.lora_rank, s.lora_alpha) for s in recipe.stages]
+    assert stages == PUBLISHED[name]
+    for stage in recipe.stages:
+        assert (stage.warmup_ratio, stage.weight_decay, stage.max_grad_norm) == (0.03, 0.0, 1.0)
+    assert recipe.connector == ("linear" if name == "llava-v1" else "mlp2x_gelu")
+    assert recipe.dtype == "bfloat16"
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'llava-2' is not known.*llava-1\.5-lora"):
+        load_recipe("llava-2")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_saved_config_loads_equal(name: str, tmp_path: Path) -> None:
+    config = replace(load_recipe(name), seed=7, out="somewhere")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None:
+    # To YAML 1.1, 1e-3 is text.
+    path = tmp_path / "config.yaml"
+    path.write_text("stages: [{name: align, lr: {connector: 1e-3}, weight_decay: 1e-2}]")
+    stage = load_config(path).stages[0]
+    assert stage.lr == {"connector": 1e-3}
+    assert stage.weight_decay == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: [{name: align, bach_size: 3}]", r"stages\.bach_size is not a field.*batch_size"),
+        ("learning_rate: 3", r"learning_rate is not a field"),
+        ("stages: [{name: align, batch_size: 0}]", r"stages\.batch_size is 0"),
+        ("stages: [{name: align, lr: {connector: fast}}]", r"stages\.lr\.connector is 'fast'"),
+        ("stages: [{name: align, lr: 1.0}]", r"stages\.lr is 1\.0"),
+        ("stages: [{name: align, betas: 1}]", r"stages\.betas is 1;"),
+        ("stages: [{name: align, betas: [0.9, 1.0]}]", r"stages\.betas is 1\.0"),
+        ("stages: [{name: align, lora_dropout: 1.0}]", r"stages\.lora_dropout is 1\.0"),
+        ("stages: [{name: align, warmup_ratio: 3}]", r"stages\.warmup_ratio is 3"),
+        ("stages: [align]", r"stages\.'align' is no mapping"),
+        ("stages: [{batch_size: 1}]", r"stages\.name is None"),
+        ("dtype: float16", r"dtype is 'float16'; float32 or bfloat16"),
+        ("save_every: true", r"save_every is True"),
+        ("- a", r"holds a list"),
+        ("a: [", r"not readable as YAML"),
+    ],
+)
+def test_errors_name_the_field_and_the_file(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TrainConfig(encoder="e", data="d", stages=[StageConfig("align")]), "llm is not set"),
+        (TrainConfig(llm="l", encoder="e", data="d"), "stages is empty"),
+        (TrainConfig(llm="l", encoder="e", stages=[StageConfig("align")]), r"stage 0 \(align\) has no data"),
+    ],
+)
+def test_incomplete_configs_are_refused(config: TrainConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.check_complete()
