@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainResult", "train"]
 
+# About a minute of tokenising; a sample further on is checked when it is read, and named all the same.
+_CHECKED_AT_START = 50_000
+
 
 @dataclass
 class TrainResult:
@@ -160,8 +163,12 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     samples, media_folder = open_samples(
         config.data or cast(str, run.config.data), config.media_folder or run.config.media_folder
     )
-    from mmfast.data import BatchPlan, EncodedDataset
+    from mmfast.data import BatchPlan, EncodedDataset, check_supervision
 
+    dataset = EncodedDataset(samples, cast(Any, model.processor), media_folder)
+    if isinstance(samples, list):
+        # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
+        check_supervision(dataset, limit=_CHECKED_AT_START)
     plan = BatchPlan(len(samples), config.batch_size, seed)
     total = steps_in_stage(len(samples), config.batch_size, config.epochs, config.max_steps)
     optimizer = build_optimizer(model, stage, config)
@@ -173,7 +180,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         load_optimizer_state(optimizer, names, checkpoint.optimizer)
         set_rng_state(_own(checkpoint.rng, accelerator.process_index), accelerator.device)
     windows = training_windows(
-        EncodedDataset(samples, cast(Any, model.processor), media_folder),
+        dataset,
         plan,
         range(progress.step, total),
         config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes),
@@ -281,7 +288,8 @@ def _write_line(
             "loss": progress.last_loss,
             "token_accuracy": result.correct_tokens / result.supervised_tokens,
             "supervised_tokens": result.supervised_tokens,
-            "lr": rates,
+            "lr": max(rates.values()),
+            "lr_by_part": rates,
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_second": round(result.tokens / seconds, 1),
             "skipped": skipped,

@@ -37,8 +37,9 @@ def test_a_run_writes_its_folder(make_config: MakeConfig, capsys: pytest.Capture
     assert [line["step"] for line in log] == list(range(1, 11))
     assert [line["stage_step"] for line in log] == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in log] == [0] * 8 + [1, 1]  # 20 samples in steps of 6: 4 to an epoch
-    assert log[0]["lr"].keys() == {"connector"}
-    assert log[5]["lr"] == {"connector": 1e-3, "lora": 1e-2}
+    assert log[0]["lr_by_part"].keys() == {"connector"}
+    assert log[5]["lr_by_part"] == {"connector": 1e-3, "lora": 1e-2}
+    assert log[5]["lr"] == 1e-2
     for line in log:
         assert line["loss"] > 0
         assert line["supervised_tokens"] > 0
@@ -232,7 +233,9 @@ def test_a_sample_without_supervised_tokens_is_named(make_config: MakeConfig, tm
     turns = [{"role": "user", "content": "long " * 40}, {"role": "assistant", "content": "cut off"}]
     data = tmp_path / "long.json"
     data.write_text(json.dumps([{"id": "too-long", "messages": turns}]))
-    with pytest.raises(ValueError, match=r"sample 'too-long' has no supervised token within max_length=100"):
+    with pytest.raises(
+        ValueError, match=r"1 of 1 samples \('too-long'\): each has no supervised token"
+    ):
         train(make_config(data=str(data), max_length=100))
 
 
