@@ -1,8 +1,8 @@
 """One way to time an op: all providers interleaved in one process, after their results agreed.
 
 A provider is a name and a function without arguments. `measure` runs every provider once in each
-round, so that a change of the machine's speed hits all alike, and gives the median with the 20th and
-80th percentile. Ratios are of medians within one run; nothing is compared across runs.
+round, in a new order, so that a change of the machine's speed hits all alike, and gives the median
+with the 20th and 80th percentile. Ratios are of medians within one run; nothing is compared across runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -52,8 +53,13 @@ def measure(
         for run in providers.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in providers}
+    # In a new order each round: what ran before leaves its mark on caches.
+    shuffle = random.Random(0).shuffle
+    order = list(providers)
     for _ in range(rounds):
-        for name, run in providers.items():
+        shuffle(order)
+        for name in order:
+            run = providers[name]
             times[name].append(_time_cuda(run) if device == "cuda" else _time_cpu(run))
     first = statistics.median(times[next(iter(times))])
     rows = {}

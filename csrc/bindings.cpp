@@ -6,6 +6,24 @@
 
 namespace py = pybind11;
 
+// One for each file in cpu/ and cuda/, where it is described.
+namespace mmfast {
+void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::optional<TensorView> scale,
+                               float smoothing, bool write_gradient, TensorView losses, TensorView correct);
+
+void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
+                                  int threads);
+void spatio_temporal_pool_bwd_cpu(TensorView grad_pooled, std::optional<TensorView> frame_mask,
+                                  TensorView grad_features, int threads);
+#ifdef MMFAST_WITH_CUDA
+std::pair<int64_t, int64_t> spatio_temporal_pool_parts_cuda(TensorView features, int64_t rows);
+void spatio_temporal_pool_fwd_cuda(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
+                                   TensorView temporal, TensorView spatial, uintptr_t stream);
+void spatio_temporal_pool_bwd_cuda(TensorView grad_pooled, std::optional<TensorView> frame_mask,
+                                   TensorView grad_features, uintptr_t stream);
+#endif
+}  // namespace mmfast
+
 namespace pybind11::detail {
 
 // (address, dtype code, shape, strides), made by mmfast.ops.extension.view.
@@ -35,5 +53,25 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
   m.attr("cuda_architectures") = "";
+#endif
+
+  m.def("linear_cross_entropy_rows", &mmfast::linear_cross_entropy_rows, py::arg("logits"), py::arg("labels"),
+        py::arg("scale"), py::arg("smoothing"), py::arg("write_gradient"), py::arg("losses"), py::arg("correct"),
+        py::call_guard<py::gil_scoped_release>());
+
+  m.def("spatio_temporal_pool_fwd_cpu", &mmfast::spatio_temporal_pool_fwd_cpu, py::arg("features"),
+        py::arg("frame_mask"), py::arg("pooled"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("spatio_temporal_pool_bwd_cpu", &mmfast::spatio_temporal_pool_bwd_cpu, py::arg("grad_pooled"),
+        py::arg("frame_mask"), py::arg("grad_features"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+#ifdef MMFAST_WITH_CUDA
+  m.def("spatio_temporal_pool_parts_cuda", &mmfast::spatio_temporal_pool_parts_cuda, py::arg("features"),
+        py::arg("rows"));
+  m.def("spatio_temporal_pool_fwd_cuda", &mmfast::spatio_temporal_pool_fwd_cuda, py::arg("features"),
+        py::arg("frame_mask"), py::arg("pooled"), py::arg("temporal"), py::arg("spatial"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("spatio_temporal_pool_bwd_cuda", &mmfast::spatio_temporal_pool_bwd_cuda, py::arg("grad_pooled"),
+        py::arg("frame_mask"), py::arg("grad_features"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
 #endif
 }
