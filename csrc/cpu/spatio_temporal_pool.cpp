@@ -35,10 +35,12 @@ struct Slice {
   }
 };
 
-// So many patches at a time: their spatial sums stay in L1 while all frames pass by.
+// Patches whose gradients stay in L1 while all frames pass by.
 constexpr int64_t BLOCK = 8;
+// Frames that pass together: each is read from its first patch to its last, as memory lies.
+constexpr int64_t FRAMES = 4;
 // So many frames are added up before they join the sum, so that its error does not grow with a clip's length.
-constexpr int64_t RUN = 32;
+constexpr int64_t RUN = 64;
 
 template <typename T>
 MMFAST_INLINE void scale(const float* sums, float factor, T* out, int64_t width) {
@@ -46,19 +48,27 @@ MMFAST_INLINE void scale(const float* sums, float factor, T* out, int64_t width)
   for (int64_t d = 0; d < width; ++d) out[d] = from_float<T>(sums[d] * factor);
 }
 
-// Adds four rows to the sum of their frame, and each to the sum of its patch.
+// Adds four patches of four frames: each row to the sum of its frame and to the sum of its patch.
 template <typename T>
-MMFAST_INLINE void add_four(const T* x, int64_t stride, float* frame, float* patch, int64_t width) {
-  const T *x1 = x + stride, *x2 = x1 + stride, *x3 = x2 + stride;
-  float *patch1 = patch + width, *patch2 = patch1 + width, *patch3 = patch2 + width;
+MMFAST_INLINE void add_tile(const T* const* x, int64_t stride, float* frames, float* patches, int64_t width) {
+  const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
 #pragma omp simd
   for (int64_t d = 0; d < width; ++d) {
-    const float a = to_float(x[d]), b = to_float(x1[d]), c = to_float(x2[d]), e = to_float(x3[d]);
-    patch[d] += a;
-    patch1[d] += b;
-    patch2[d] += c;
-    patch3[d] += e;
-    frame[d] += (a + b) + (c + e);
+    float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < 4; ++n) {
+      const int64_t i = n * stride + d;
+      const float a = to_float(x0[i]), b = to_float(x1[i]), c = to_float(x2[i]), e = to_float(x3[i]);
+      patches[n * width + d] += (a + b) + (c + e);
+      sum0 += a;
+      sum1 += b;
+      sum2 += c;
+      sum3 += e;
+    }
+    frames[d] += sum0;
+    frames[width + d] += sum1;
+    frames[2 * width + d] += sum2;
+    frames[3 * width + d] += sum3;
   }
 }
 
@@ -76,35 +86,49 @@ MMFAST_INLINE void add(const float* x, float* sums, int64_t count) {
   for (int64_t i = 0; i < count; ++i) sums[i] += x[i];
 }
 
-// scratch: [2 BLOCK + frames, width].
+// scratch: [2 patches + FRAMES, width].
 template <typename T>
 MMFAST_INLINE void forward(const Slice<T>& s, float* scratch) {
-  float *patch_sums = scratch, *run_sums = patch_sums + BLOCK * s.width, *frame_sums = run_sums + BLOCK * s.width;
+  float *patch_sums = scratch, *run_sums = patch_sums + s.patches * s.width, *frame_sums = run_sums + s.patches * s.width;
   const float per_frame = s.per_frame(), per_patch = s.per_patch();
-  std::fill_n(frame_sums, s.frames * s.width, 0.0f);
-  for (int64_t first = 0; first < s.patches; first += BLOCK) {
-    const int64_t patches = std::min(BLOCK, s.patches - first);
-    std::fill_n(patch_sums, 2 * BLOCK * s.width, 0.0f);
-    for (int64_t t = 0; t < s.frames; ++t) {
-      const T* rows = s.features + t * s.frame_stride + first * s.patch_stride;
-      // The processor's own prefetch stops at the end of these rows; the next frame's lie far away.
-      if (t + 1 < s.frames)
-        for (int64_t n = 0; n < patches; ++n) prefetch(rows + s.frame_stride + n * s.patch_stride, s.width);
+  std::fill_n(patch_sums, 2 * s.patches * s.width, 0.0f);
+  int64_t in_run = 0;
+  for (int64_t t = 0; t < s.frames;) {
+    const T* x[FRAMES];
+    int64_t index[FRAMES], count = 0;
+    for (; t < s.frames && count < FRAMES; ++t) {
       if (s.is_real(t)) {
-        float* frame = frame_sums + t * s.width;
-        int64_t n = 0;
-        for (; n + 4 <= patches; n += 4)
-          add_four(rows + n * s.patch_stride, s.patch_stride, frame, run_sums + n * s.width, s.width);
-        for (; n < patches; ++n) add_one(rows + n * s.patch_stride, frame, run_sums + n * s.width, s.width);
-      }
-      if ((t + 1) % RUN == 0 || t + 1 == s.frames) {
-        add(run_sums, patch_sums, patches * s.width);
-        std::fill_n(run_sums, patches * s.width, 0.0f);
+        index[count] = t;
+        x[count++] = s.features + t * s.frame_stride;
+      } else {
+        std::memset(s.temporal(t), 0, s.width * sizeof(T));
       }
     }
-    for (int64_t n = 0; n < patches; ++n) scale(patch_sums + n * s.width, per_frame, s.spatial(first + n), s.width);
+    std::fill_n(frame_sums, count * s.width, 0.0f);
+    int64_t n = 0;
+    for (; count == FRAMES && n + 4 <= s.patches; n += 4) {
+      const T* rows[FRAMES];
+      for (int64_t k = 0; k < FRAMES; ++k) {
+        rows[k] = x[k] + n * s.patch_stride;
+        // The processor's own prefetch stops at the end of a page, which may be the end of a row.
+        if (n + 8 <= s.patches)
+          for (int64_t p = 4; p < 8; ++p) prefetch(rows[k] + p * s.patch_stride, s.width);
+      }
+      add_tile(rows, s.patch_stride, frame_sums, run_sums + n * s.width, s.width);
+    }
+    for (; n < s.patches; ++n)
+      for (int64_t k = 0; k < count; ++k)
+        add_one(x[k] + n * s.patch_stride, frame_sums + k * s.width, run_sums + n * s.width, s.width);
+    for (int64_t k = 0; k < count; ++k) scale(frame_sums + k * s.width, per_patch, s.temporal(index[k]), s.width);
+    in_run += count;
+    if (in_run >= RUN && t < s.frames) {
+      add(run_sums, patch_sums, s.patches * s.width);
+      std::fill_n(run_sums, s.patches * s.width, 0.0f);
+      in_run = 0;
+    }
   }
-  for (int64_t t = 0; t < s.frames; ++t) scale(frame_sums + t * s.width, per_patch, s.temporal(t), s.width);
+  add(run_sums, patch_sums, s.patches * s.width);
+  for (int64_t n = 0; n < s.patches; ++n) scale(patch_sums + n * s.width, per_frame, s.spatial(n), s.width);
   for (int64_t t = s.frames; t < s.temporal_rows; ++t) std::memset(s.temporal(t), 0, s.width * sizeof(T));
 }
 
@@ -189,7 +213,7 @@ void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView>
                                   int threads) {
   const bool* real = check_pool(features, pooled, frame_mask);
   dispatch(features.dtype, [&](auto scalar) {
-    for_each_slice<decltype(scalar)>(features, pooled, real, threads, 2 * BLOCK + features.size(1),
+    for_each_slice<decltype(scalar)>(features, pooled, real, threads, 2 * features.size(2) + FRAMES,
                                      [](const auto& slice, float* scratch) { forward_slice(slice, scratch); });
   });
 }
