@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core pybind11 ninja setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core pybind11 cmake ninja setuptools
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,triton,world]'
 	touch $@
 

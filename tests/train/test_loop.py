@@ -233,9 +233,7 @@ def test_a_sample_without_supervised_tokens_is_named(make_config: MakeConfig, tm
     turns = [{"role": "user", "content": "long " * 40}, {"role": "assistant", "content": "cut off"}]
     data = tmp_path / "long.json"
     data.write_text(json.dumps([{"id": "too-long", "messages": turns}]))
-    with pytest.raises(
-        ValueError, match=r"1 of 1 samples \('too-long'\): each has no supervised token"
-    ):
+    with pytest.raises(ValueError, match=r"1 of 1 samples \('too-long'\): each has no supervised token"):
         train(make_config(data=str(data), max_length=100))
 
 
