@@ -99,7 +99,7 @@ def _parser(name: str, description: str) -> Any:
 
 
 def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str, Any]:
-    """Reads `words` as the parameters of `target`; required ones are positional, booleans are flags."""
+    """Reads `words` as the parameters of `target`: required ones are positional, booleans flags, the rest options."""
     from docstring_parser import parse
 
     described = {entry.arg_name: entry.description for entry in parse(target.__doc__ or "").params}
@@ -109,10 +109,18 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     # jsonargparse appends with `--image+`; to say `--image a --image b` is what people try.
     words = [f"{word}+" if word in lists else word for word in words]
     parser = _parser(name, COMMANDS[name].help)
-    parser.add_function_arguments(target, as_positional=True, skip=set(flags))
+    # The base models are options in every command, also where they are required.
+    bases = [entry for entry in parameters if entry.name in ("llm", "encoder")]
+    parser.add_function_arguments(target, as_positional=True, skip={*flags, *(entry.name for entry in bases)})
+    for entry in bases:
+        required = entry.default is entry.empty
+        default = None if required else entry.default
+        parser.add_argument(
+            f"--{entry.name}", type=str, required=required, default=default, help=described.get(entry.name)
+        )
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=described.get(flag))
-    return vars(parser.instantiate_classes(parser.parse_args(words)))
+    return vars(parser.instantiate(parser.parse_args(words)))
 
 
 def _train(train: Callable[..., Any], words: list[str]) -> None:
@@ -130,7 +138,7 @@ def _train(train: Callable[..., Any], words: list[str]) -> None:
     parser.add_class_arguments(TrainConfig)
     if words and not words[0].startswith("-"):
         parser.set_defaults(asdict(load_recipe(words.pop(0))))
-    values = vars(parser.instantiate_classes(parser.parse_args(words)))
+    values = vars(parser.instantiate(parser.parse_args(words)))
     del values["config"]
     resume = values.pop("resume")
     train(TrainConfig(**values), resume=resume)
