@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mmfast.evaluate.files import write_json
+from mmfast.files import write_json
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel

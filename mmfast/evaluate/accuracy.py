@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mmfast.evaluate.files import write_json
 from mmfast.evaluate.metrics import score
 from mmfast.evaluate.samples import open_samples, world_split
+from mmfast.files import write_json
 
 if TYPE_CHECKING:
     from mmfast.data.samples import Sample

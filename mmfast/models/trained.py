@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mmfast.files import replace_atomically, write_json
 
 __all__ = [
     "check_projector_widths",
@@ -68,9 +68,8 @@ def write_trained(folder: Path, state: Mapping[str, Tensor], description: Mappin
     """Writes both files, each complete or not at all; the JSON comes last, so that it vouches for the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    _replace(folder / WEIGHTS, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
-    text = json.dumps({"format": FORMAT, **description}, indent=2) + "\n"
-    _replace(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_atomically(folder / WEIGHTS, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+    write_json(folder / DESCRIPTION, {"format": FORMAT, **description})
 
 
 def check_projector_widths(
@@ -129,18 +128,3 @@ def _size(width: int) -> str:
 def _some(names: Sequence[str]) -> str:
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes beside `path`, flushes to the disk, then renames: a reader never sees half a file."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmfast.evaluate.files import file_sha256, fsync_folder, write_json
+from mmfast.files import file_sha256, fsync_folder, write_json
 
 __all__ = [
     "Checkpoint",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-from mmfast.evaluate.files import write_atomically
+from mmfast.files import write_atomically
 
 __all__ = ["StageConfig", "TrainConfig", "load_config", "load_recipe", "recipe_names", "save_config"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from mmfast.evaluate.files import write_atomically
+from mmfast.files import write_atomically
 
 __all__ = ["Display", "StepLog"]
 

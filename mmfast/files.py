@@ -5,27 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_sha256", "fsync_folder", "write_atomically", "write_json"]
+__all__ = ["file_sha256", "fsync_folder", "replace_atomically", "write_atomically", "write_json"]
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name, brings it to the disk and renames it into place.
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written under a temporary name, brings it to the disk and renames it into place.
 
     Args:
         path: The file to write. Its folder must exist; a file already there is replaced.
-        content: Text is written as UTF-8.
+        write: Called with the temporary path. If it raises, what was at `path` stays.
     """
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file's whole content, atomically; text as UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
+    replace_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: Path, value: Any) -> None:
