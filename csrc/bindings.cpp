@@ -8,8 +8,33 @@ namespace py = pybind11;
 
 // One for each file in cpu/ and cuda/, where it is described.
 namespace mmfast {
+void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std::optional<TensorView> scale,
+                               TensorView y, int threads);
+void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std::optional<TensorView> bias,
+                               std::optional<TensorView> scale, std::optional<TensorView> out,
+                               std::optional<TensorView> grad_bias, std::optional<TensorView> grad_scale,
+                               int threads);
+
+void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_row, TensorView out, int threads);
+
+void int8_quantize_cpu(TensorView weight, TensorView values, TensorView scale, int threads);
+void int8_dequantize_cpu(TensorView values, TensorView scale, int64_t first, int64_t last, TensorView out,
+                         int threads);
+void int8_linear_cpu(TensorView x, TensorView values, TensorView scale, std::optional<TensorView> bias, TensorView out,
+                     int threads);
+
 void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::optional<TensorView> scale,
                                float smoothing, bool write_gradient, TensorView losses, TensorView correct);
+
+void low_rank_project(TensorView x, TensorView factors, float scale, TensorView out, int threads);
+void low_rank_expand(TensorView s, TensorView factors, float scale, std::optional<TensorView> bias, TensorView out,
+                     int threads);
+void low_rank_outer(TensorView s, TensorView x, float scale, bool add, TensorView out, int threads);
+
+void nf4_quantize_cpu(TensorView weight, TensorView packed, TensorView absmax, int threads);
+void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t last, TensorView out, int threads);
+void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, TensorView out,
+                    int threads);
 
 void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
                                   int threads);
@@ -55,9 +80,38 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
 
+  m.def("dropout_cpu", &mmfast::dropout_cpu, py::arg("x"), py::arg("seed"), py::arg("threshold"), py::arg("first_row"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("bias_scale_linear_fwd_cpu", &mmfast::bias_scale_linear_fwd_cpu, py::arg("z"), py::arg("bias"),
+        py::arg("scale"), py::arg("y"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("bias_scale_linear_bwd_cpu", &mmfast::bias_scale_linear_bwd_cpu, py::arg("grad"), py::arg("z"),
+        py::arg("bias"), py::arg("scale"), py::arg("out"), py::arg("grad_bias"), py::arg("grad_scale"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("int8_quantize_cpu", &mmfast::int8_quantize_cpu, py::arg("weight"), py::arg("values"), py::arg("scale"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("int8_dequantize_cpu", &mmfast::int8_dequantize_cpu, py::arg("values"), py::arg("scale"), py::arg("first"),
+        py::arg("last"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("int8_linear_cpu", &mmfast::int8_linear_cpu, py::arg("x"), py::arg("values"), py::arg("scale"),
+        py::arg("bias"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
   m.def("linear_cross_entropy_rows", &mmfast::linear_cross_entropy_rows, py::arg("logits"), py::arg("labels"),
         py::arg("scale"), py::arg("smoothing"), py::arg("write_gradient"), py::arg("losses"), py::arg("correct"),
         py::call_guard<py::gil_scoped_release>());
+
+  m.def("low_rank_project", &mmfast::low_rank_project, py::arg("x"), py::arg("factors"), py::arg("scale"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("low_rank_expand", &mmfast::low_rank_expand, py::arg("s"), py::arg("factors"), py::arg("scale"),
+        py::arg("bias"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("low_rank_outer", &mmfast::low_rank_outer, py::arg("s"), py::arg("x"), py::arg("scale"), py::arg("add"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("nf4_quantize_cpu", &mmfast::nf4_quantize_cpu, py::arg("weight"), py::arg("packed"), py::arg("absmax"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("nf4_dequantize_cpu", &mmfast::nf4_dequantize_cpu, py::arg("weight"), py::arg("first"), py::arg("last"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("nf4_linear_cpu", &mmfast::nf4_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("spatio_temporal_pool_fwd_cpu", &mmfast::spatio_temporal_pool_fwd_cpu, py::arg("features"),
         py::arg("frame_mask"), py::arg("pooled"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -10,10 +10,11 @@
 namespace mmfast {
 
 // The codes of DTYPE_CODES in mmfast/ops/extension.py.
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, i64 = 4, i32 = 5, boolean = 6 };
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, f64 = 3, i64 = 4, i32 = 5, boolean = 6, u8 = 7, i8 = 8 };
 
 inline const char* name_of(DType dtype) {
-  constexpr const char* names[] = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"};
+  constexpr const char* names[] = {"float32", "float16", "bfloat16", "float64", "int64", "int32", "bool",
+                                   "uint8",   "int8"};
   return names[static_cast<int>(dtype)];
 }
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,29 +40,43 @@ class Row:
 
 
 def triton_rows() -> Iterator[Row]:
-    """Compiles every case that a module of kernels/ lists in `compile_cases()`."""
+    """Compiles every case that a module of kernels/ lists in `compile_cases()`, one on each core at a time."""
     # Compilation is for real GPUs; the interpreter would replace the kernels by Python functions.
     os.environ.pop("TRITON_INTERPRET", None)
+    tasks = [
+        (path.stem, index, capability)
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        for index, case in enumerate(_cases(path.stem))
+        for capability in case.get("capabilities", CAPABILITIES)
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(_triton_row, *zip(*tasks, strict=True))
+
+
+def _cases(module: str) -> list[dict[str, Any]]:
+    # A module of functions that other kernels inline has no cases.
+    cases: list[dict[str, Any]] = getattr(importlib.import_module(f"mmfast.kernels.{module}"), "compile_cases", list)()
+    return cases
+
+
+def _triton_row(module: str, index: int, capability: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        module = importlib.import_module(f"mmfast.kernels.{path.stem}")
-        for case in module.compile_cases():
-            for capability in CAPABILITIES:
-                row = Row(f"{path.stem}: {case['name']}", f"sm_{capability}")
-                source = ASTSource(case["fn"], case["signature"], case["constexprs"], case.get("attrs"))
-                options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 2)}
-                try:
-                    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-                except Exception as error:  # any failure of the compiler is a finding, reported with its row
-                    row.error = str(error).strip().splitlines()[-1] or type(error).__name__
-                else:
-                    _read_cubin(kernel, row)
-                    if case.get("tensor_core") and not row.tensor_core:
-                        row.error = "no tensor-core instruction"
-                yield row
+    case = _cases(module)[index]
+    row = Row(f"{module}: {case['name']}", f"sm_{capability}")
+    source = ASTSource(case["fn"], case["signature"], case["constexprs"], case.get("attrs"))
+    options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 2)}
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # any failure of the compiler is a finding, reported with its row
+        row.error = str(error).strip().splitlines()[-1] or type(error).__name__
+    else:
+        _read_cubin(kernel, row)
+        if case.get("tensor_core") and not row.tensor_core:
+            row.error = "no tensor-core instruction"
+    return row
 
 
 def _read_cubin(kernel: Any, row: Row) -> None:

@@ -1,7 +1,28 @@
 """Ops: one definition each in plain PyTorch, the same on every backend, forward and backward."""
 
 from mmfast.ops.backends import BackendUnavailable, explain, use_backend
+from mmfast.ops.bias_scale_linear import bias_scale_linear
+from mmfast.ops.int8 import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
+from mmfast.ops.lora_linear import lora_linear, lora_linear_group
+from mmfast.ops.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from mmfast.ops.spatio_temporal_pool import spatio_temporal_pool
 
-__all__ = ["BackendUnavailable", "explain", "linear_cross_entropy", "spatio_temporal_pool", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "Int8Weight",
+    "NF4Weight",
+    "bias_scale_linear",
+    "explain",
+    "int8_dequantize",
+    "int8_linear",
+    "int8_quantize",
+    "linear_cross_entropy",
+    "lora_linear",
+    "lora_linear_group",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
+    "spatio_temporal_pool",
+    "use_backend",
+]

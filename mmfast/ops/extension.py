@@ -17,6 +17,8 @@ DTYPE_CODES = {
     torch.int64: 4,
     torch.int32: 5,
     torch.bool: 6,
+    torch.uint8: 7,
+    torch.int8: 8,
 }
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]

@@ -11,39 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import DEVICES, TOLERANCE, case, dtypes_of, error, skip_if_lacking
 from torch import Tensor
 
-from mmfast.ops import BackendUnavailable, backends, explain, extension, use_backend
+from mmfast.ops import BackendUnavailable, explain, extension, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.linear_cross_entropy import OP, check, linear_cross_entropy, reference
 
 # The module, which the function of the same name hides as an attribute of mmfast.ops.
 op_module = importlib.import_module("mmfast.ops.linear_cross_entropy")
-
-# Without a GPU the Triton kernel is interpreted on the CPU (conftest.py).
-ON_GPU = torch.cuda.is_available()
-DEVICES = {"cpu": "cpu", "triton": "cuda" if ON_GPU else "cpu"}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def dtypes_of(backend: str) -> list[torch.dtype]:
-    # The interpreter has no bfloat16.
-    return [dtype for dtype in TOLERANCE if dtype != torch.bfloat16 or backend == "cpu" or ON_GPU]
-
-
-def case(backend: str, *values: Any) -> Any:
-    return pytest.param(backend, *values, marks=[pytest.mark.gpu] if DEVICES[backend] == "cuda" else [])
-
-
-@pytest.fixture(params=[case(backend) for backend in DEVICES])
-def backend(request: pytest.FixtureRequest) -> str:
-    skip_if_lacking(request.param)
-    return request.param
-
-
-def skip_if_lacking(backend: str) -> None:
-    if backend == "triton" and (reason := backends.machine(torch.device(DEVICES[backend])).lacks("triton")):
-        pytest.skip(reason)
 
 
 def example(
@@ -76,11 +52,6 @@ def results(
 
 def on(backend: str, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(DEVICES[backend]) for tensor in tensors]
-
-
-def error(actual: Tensor, exact: Tensor) -> float:
-    exact = exact.to(actual.device)
-    return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def compare(backend: str, hidden: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> None:
@@ -535,6 +506,6 @@ def test_launches_and_compile_cases() -> None:
         assert 256 <= config["BLOCK"] <= 4096
         assert config["BLOCK"] == 8 * 32 * config["num_warps"]
     cases = kernels.compile_cases()
-    assert len({case["name"] for case in cases}) == len(cases)
-    for case in cases:
-        assert list(case["signature"]) == case["fn"].arg_names
+    assert len({form["name"] for form in cases}) == len(cases)
+    for form in cases:
+        assert list(form["signature"]) == form["fn"].arg_names

@@ -9,30 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import BACKENDS, DTYPES, FLOOR, INTERPRETED_DTYPES, KERNELS, TOLERANCE
 from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, spatio_temporal_pool, use_backend
-from mmfast.ops.backends import Machine, machine
+from mmfast.ops.backends import Machine
 from mmfast.ops.spatio_temporal_pool import CPU_CROSSOVER, OP, check, reference
-
-CPU = torch.device("cpu")
-BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(bool(machine(CPU).lacks("cpu")), reason="the extension is not built")),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(bool(machine(CPU).lacks("triton")), reason="no Triton interpreter")
-    ),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Triton's interpreter truncates where a GPU rounds to bfloat16.
-INTERPRETED_DTYPES = DTYPES[:2]
-KERNELS = [
-    pytest.param(*backend.values, dtype, marks=backend.marks)
-    for backend, dtype in itertools.product(BACKENDS, DTYPES)
-    if backend.values != ("triton",) or dtype in INTERPRETED_DTYPES
-]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Added to 1.5 times eager's error: a quarter of the dtype's rounding unit, and in fp32 what the order of a sum makes.
-FLOOR = {torch.float32: 5e-7, torch.float16: 2**-13, torch.bfloat16: 2**-10}
 
 
 def run(function: Any, features: Tensor, *arguments: Any, grad: Tensor | None = None, **options: Any) -> list[Tensor]:

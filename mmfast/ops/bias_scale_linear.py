@@ -1,0 +1,459 @@
+"""A linear layer with a trained bias and a trained scale on its output or its input, on a frozen weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast.ops import backends, extension, products, weights
+from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops.weights import Weight
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SCALE_ON = ("output", "input", "none")
+
+# What the passes must save before they are worth the steps on the host, in elements of the matrix that is scaled or
+# biased. Found in fp32 on two cores of a Zen 3, K = 64 and N = 1024 or the reverse: at half as many the op ran at 0.8
+# to 0.95 times the reference's speed, at twice as many at 1.0 to 1.2 times, with one thread and with two.
+CPU_CROSSOVER = {"output": 2**19, "input": 2**20, "none": 2**19}
+# Rows · K · N from which a 16-bit product is worth the same where the op makes it in fp32, 5 to 50 times as fast.
+CPU_PRODUCT_CROSSOVER = 2**20
+
+
+def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, scale_on: str = "output") -> Tensor:
+    """The definition, of which three forms are called LLaMA-Adapter V2.
+
+        output:  y = scale ⊙ (x Wᵀ + bias)      the paper, and LitGPT
+        input:   y = (x ⊙ scale) Wᵀ + bias      the code of the 65B chat model
+        none:    y = x Wᵀ + bias                the code of the multimodal 7B model
+
+    Args:
+        x [..., K] (fp32, fp16, bf16, fp64; any strides).
+        weight [N, K] (dense, the dtype of x; or quantised, whose dense values in that dtype are meant).
+        bias [N] (any floating dtype), or None.
+        scale [N] on the output, [K] on the input (any floating dtype); None for "none" and only there.
+        scale_on: "output", "input" or "none".
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Numerics: the product is rounded to the dtype of x. Bias and scale act in the wider of their dtypes and that of x,
+    fp32 as a rule, and what comes of it is rounded to the dtype of x once.
+
+    Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), equation 1; Lightning-AI/litgpt, litgpt/adapter_v2.py:57;
+    OpenGVLab/LLaMA-Adapter, llama_adapter_v2_chat65b/llama/model.py:77-83.
+    """
+    dense = weights.dense(weight, x.dtype)
+    if scale_on == "input" and scale is not None:
+        x = (x * scale).to(x.dtype)
+    if scale_on != "output" and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, dense, bias)
+    y = F.linear(x, dense)
+    if bias is not None:
+        y = y + bias
+    if scale_on == "output" and scale is not None:
+        y = y * scale
+    return y.to(x.dtype)
+
+
+class Call(NamedTuple):
+    """The checked arguments, cast as autocast asks, and whether a gradient will be asked for."""
+
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
+    scale: Tensor | None
+    scale_on: str
+    differentiated: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+def check(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, scale_on: str = "output") -> Call:
+    """The arguments of `bias_scale_linear`, checked."""
+    where = "bias_scale_linear"
+    if scale_on not in SCALE_ON:
+        raise ValueError(f"{where}: scale_on is {scale_on!r}; use one of {', '.join(SCALE_ON)}")
+    if (scale is None) != (scale_on == "none"):
+        given = "no scale is given" if scale is None else "a scale is given"
+        raise ValueError(f"{where}: {given} and scale_on is {scale_on!r}; expected no scale for 'none', else one")
+    if x.dim() == 0 or len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{where}: x is {list(x.shape)} and weight is {list(weight.shape)}; expected [..., K] and [N, K]"
+        )
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype) if isinstance(weight, Tensor) else weight
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{where}: x is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise TypeError(
+            f"{where}: x is {x.dtype} and weight is {weight.dtype}; expected one dtype; cast one, or call under "
+            "torch.autocast"
+        )
+    rows, columns = weight.shape
+    if weight.device != x.device:
+        raise ValueError(f"{where}: weight is on {weight.device} but x on {x.device}; move one")
+    for name, vector, letter, size in (
+        ("bias", bias, "N", rows),
+        ("scale", scale, *(("K", columns) if scale_on == "input" else ("N", rows))),
+    ):
+        if vector is None:
+            continue
+        if vector.shape != (size,):
+            raise ValueError(
+                f"{where}: {name} is {list(vector.shape)} but weight {[rows, columns]} and scale_on {scale_on!r}; "
+                f"expected [{letter}] = [{size}]; was it made for another layer?"
+            )
+        if not vector.dtype.is_floating_point:
+            raise TypeError(f"{where}: {name} is {vector.dtype}; expected a floating dtype")
+        if vector.device != x.device:
+            raise ValueError(f"{where}: {name} is on {vector.device} but x on {x.device}; move one")
+    trained = x, weight, bias, scale
+    differentiated = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in trained)
+    return Call(x, weight, bias, scale, scale_on, differentiated)
+
+
+def _no_float64(call: Call, machine: Machine) -> str | None:
+    return "there is no float64 kernel" if call.x.dtype == torch.float64 else None
+
+
+def _nothing_to_gain(call: Call, machine: Machine) -> str | None:
+    if not isinstance(call.weight, Tensor) or (call.bias is not None and call.bias.dtype != call.x.dtype):
+        return None
+    if call.scale is None:
+        return "without a scale, the reference is one call of PyTorch's own linear"
+    if call.scale_on == "input" and not call.differentiated and call.scale.dtype == call.x.dtype:
+        return "with a scale on the input and no gradient, the reference makes the same passes"
+    return None
+
+
+def _cpu_avoids(call: Call, machine: Machine) -> str | None:
+    if not isinstance(call.weight, Tensor):
+        return None
+    rows, (columns, features) = call.x.shape[:-1].numel(), call.weight.shape
+    if products.is_slow(call.x.dtype, rows, grad=call.differentiated):
+        size = rows * columns * features
+        if size < CPU_PRODUCT_CROSSOVER:
+            return f"rows · K · N is {size}; below {CPU_PRODUCT_CROSSOVER} the reference is faster"
+        return None
+    size, least = rows * (features if call.scale_on == "input" else columns), CPU_CROSSOVER[call.scale_on]
+    if size < least:
+        matrix = "rows · K" if call.scale_on == "input" else "rows · N"
+        return f"{matrix} is {size}; below {least} the reference is faster"
+    return _nothing_to_gain(call, machine)
+
+
+OP = Op(
+    "bias_scale_linear",
+    check,
+    (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64, _nothing_to_gain), Backend("reference")),
+)
+
+
+class Steps(NamedTuple):
+    """What a backend is: the passes over what the product gives or takes. Vectors are fp32; one that is None is absent.
+
+    Attributes:
+        apply: (z [M, N], bias, scale, out [M, N]): out = (z + bias) · scale; out may be z.
+        read_grad: (grad [M, N], z, bias, scale, out, grad_bias, grad_scale), in one pass: out = grad · scale,
+            grad_bias += Σ_m grad · scale, grad_scale += Σ_m grad · (z + bias), each if given, the last with z.
+            out may be grad.
+    """
+
+    apply: Callable[..., None]
+    read_grad: Callable[..., None]
+
+
+def _view(tensor: Tensor | None) -> extension.View | None:
+    return None if tensor is None else extension.view(tensor)
+
+
+def _apply_cpu(*tensors: Tensor | None) -> None:
+    extension.module().bias_scale_linear_fwd_cpu(*map(_view, tensors), torch.get_num_threads())
+
+
+def _read_grad_cpu(*tensors: Tensor | None) -> None:
+    extension.module().bias_scale_linear_bwd_cpu(*map(_view, tensors), torch.get_num_threads())
+
+
+def _apply_triton(z: Tensor, *tensors: Tensor | None) -> None:
+    from mmfast.kernels.bias_scale_linear import apply
+
+    with torch.cuda.device_of(z):
+        apply(z, *tensors)
+
+
+def _read_grad_triton(grad: Tensor, *tensors: Tensor | None) -> None:
+    from mmfast.kernels.bias_scale_linear import read_grad
+
+    with torch.cuda.device_of(grad):
+        read_grad(grad, *tensors)
+
+
+STEPS = {"cpu": Steps(_apply_cpu, _read_grad_cpu), "triton": Steps(_apply_triton, _read_grad_triton)}
+
+
+def _fwd(
+    backend: str,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_on: str,
+    keep_z: bool,
+) -> list[Tensor]:
+    """y, and z = x Wᵀ [M, N] if it is to be kept: if not, y takes its place."""
+    steps, matrix, bias, scale = STEPS[backend], products.as_matrix(x), _fp32(bias), _fp32(scale)
+    dtype = products.compute_dtype(matrix, backend)
+    y = x.new_empty((*x.shape[:-1], weights.shape(weight)[0]))
+    rows_of_y = products.as_matrix(y)
+    z = torch.empty_like(rows_of_y) if keep_z else None
+    for x_c, y_c, z_c in _chunks(dtype, matrix, rows_of_y, z):
+        x_c = _factor(steps, x_c, scale if scale_on == "input" else None, dtype)
+        target = y_c if z_c is None else z_c
+        if dtype != x.dtype:
+            target = torch.empty_like(y_c, dtype=dtype)
+        if scale_on == "output":
+            products.linear(target, x_c, weight, backend)
+            if z_c is not None and target is not z_c:
+                z_c.copy_(target)
+            steps.apply(target, bias, scale, y_c)
+        elif bias is not None and weight[0].dtype == dtype:
+            torch.addmm(bias.to(dtype), x_c, weight[0].t(), out=target)
+            if target is not y_c:
+                y_c.copy_(target)
+        else:
+            products.linear(target, x_c, weight, backend)
+            if bias is not None or target is not y_c:
+                steps.apply(target, bias, None, y_c)
+    return [y] if z is None else [y, z]
+
+
+def _fwd_fake(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_on: str,
+    keep_z: bool,
+    backend: str,
+) -> list[Tensor]:
+    columns = weights.shape(weight)[0]
+    y = x.new_empty((*x.shape[:-1], columns))
+    return [y, x.new_empty((x.shape[:-1].numel(), columns))] if keep_z else [y]
+
+
+def _bwd(
+    backend: str,
+    grad: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_on: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_scale: bool,
+) -> list[Tensor]:
+    """The gradients of x and weight, in their dtypes, and of bias and scale, in fp32: those that are needed."""
+    steps, matrix, bias, scale = STEPS[backend], products.as_matrix(grad), _fp32(bias), _fp32(scale)
+    dtype = products.compute_dtype(matrix, backend, grad=True)
+    columns, features = weights.shape(weight)
+    on_input, on_output = (scale if scale_on == side else None for side in ("input", "output"))
+    grad_x = grad.new_empty((*grad.shape[:-1], features)) if need_x else None
+    grad_weight = grad.new_empty((columns, features), dtype=dtype) if need_weight else None
+    grad_bias = grad.new_zeros(columns, dtype=torch.float32) if need_bias else None
+    grad_scale = torch.zeros_like(scale) if need_scale and scale is not None else None
+    need_g = need_x or (need_scale and scale_on == "input")
+    matrices = (
+        matrix,
+        None if x is None else products.as_matrix(x),
+        z,
+        None if grad_x is None else products.as_matrix(grad_x),
+    )
+    for i, (grad_c, x_c, z_c, dx) in enumerate(_chunks(dtype, *matrices)):
+        # dz, the gradient of z = x Wᵀ: a matrix of its own where it is not that of y, in the right dtype already.
+        own = (need_g or need_weight) and (on_output is not None or dtype != grad.dtype)
+        out = torch.empty_like(grad_c, dtype=dtype) if own else None
+        if out is not None or need_bias or z is not None:
+            steps.read_grad(grad_c, z_c, bias, on_output, out, grad_bias, grad_scale if z is not None else None)
+        dz = grad_c if out is None else out
+        if need_g:
+            # g, the gradient of the product's left factor: x, or x ⊙ scale.
+            g = dz.new_empty((dz.shape[0], features)) if dx is None or dtype != dx.dtype else dx
+            products.linear_grad(g, dz, weight, backend)
+            if on_input is not None:
+                steps.read_grad(g, x_c if need_scale else None, None, on_input, dx, None, grad_scale)
+            elif dx is not None and dx is not g:
+                dx.copy_(g)
+        if grad_weight is not None and x_c is not None:
+            factor = _factor(steps, x_c, on_input, dtype)
+            torch.addmm(grad_weight, dz.t(), factor, beta=float(i > 0), out=grad_weight)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(grad.dtype)
+    return [found for found in (grad_x, grad_weight, grad_bias, grad_scale) if found is not None]
+
+
+def _bwd_fake(
+    grad: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_on: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_scale: bool,
+    backend: str,
+) -> list[Tensor]:
+    columns, features = weights.shape(weight)
+    found = []
+    if need_x:
+        found.append(grad.new_empty((*grad.shape[:-1], features)))
+    if need_weight:
+        found.append(grad.new_empty((columns, features)))
+    if need_bias:
+        found.append(grad.new_empty(columns, dtype=torch.float32))
+    if need_scale:
+        found.append(grad.new_empty(features if scale_on == "input" else columns, dtype=torch.float32))
+    return found
+
+
+def _chunks(dtype: torch.dtype, *matrices: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Rows of the matrices that go together: all, or so many as a product in another `dtype` takes."""
+    first: Any = matrices[0]
+    if dtype == first.dtype:
+        return [matrices]
+    chunks = products.row_chunks(first, dtype)
+    return (tuple(None if matrix is None else matrix[rows] for matrix in matrices) for rows in chunks)
+
+
+def _fp32(vector: Tensor | None) -> Tensor | None:
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.to(torch.float32).contiguous()
+
+
+def _factor(steps: Steps, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product's left factor, x or x ⊙ scale, in the product's dtype."""
+    if scale is None:
+        return x if x.dtype == dtype else x.to(dtype)
+    scaled = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    steps.apply(x, None, scale, scaled)
+    return scaled
+
+
+_FWD = backends.define(
+    "bias_scale_linear_fwd",
+    "(Tensor x, Tensor[] weight, Tensor? bias, Tensor? scale, str scale_on, bool keep_z) -> Tensor[]",
+    _fwd_fake,
+    {name: partial(_fwd, name) for name in STEPS},
+)
+_BWD = backends.define(
+    "bias_scale_linear_bwd",
+    "(Tensor grad, Tensor? x, Tensor? z, Tensor[] weight, Tensor? bias, Tensor? scale, str scale_on, bool need_x, "
+    "bool need_weight, bool need_bias, bool need_scale) -> Tensor[]",
+    _bwd_fake,
+    {name: partial(_bwd, name) for name in STEPS},
+)
+
+
+class _BiasScaleLinear(torch.autograd.Function):
+    """Saves one matrix at most: z = x Wᵀ for a trained scale on the output, x for one on the input.
+
+    A trained weight needs x as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        scale_on: str,
+        backend: str,
+        *weight: Tensor,
+    ) -> Tensor:
+        _, _, need_scale, _, _, need_weight, *_ = ctx.needs_input_grad
+        on_input, on_output = (need_scale and scale_on == side for side in ("input", "output"))
+        y, *z = _FWD(x, weight, bias, scale, scale_on, on_output, backend)
+        ctx.save_for_backward(
+            x if on_input or need_weight else None, *(z or [None]), bias if on_output else None, scale, *weight
+        )
+        ctx.settings = scale_on, backend, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale_on, backend, bias_dtype = ctx.settings
+        x, z, bias, scale, *weight = ctx.saved_tensors
+        need_x, need_bias, need_scale, _, _, need_weight, *_ = ctx.needs_input_grad
+        found = iter(
+            _BWD(grad, x, z, weight, bias, scale, scale_on, need_x, need_weight, need_bias, need_scale, backend)
+        )
+        grad_x = next(found) if need_x else None
+        grad_weight = next(found) if need_weight else None
+        grad_bias = next(found).to(bias_dtype) if need_bias else None
+        grad_scale = next(found).to(scale.dtype) if need_scale else None
+        return grad_x, grad_bias, grad_scale, None, None, grad_weight, *[None] * (len(weight) - 1)
+
+
+def bias_scale_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scale_on: str = "output",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """scale ⊙ (x Wᵀ + bias), (x ⊙ scale) Wᵀ + bias, or x Wᵀ + bias: `reference` says what exactly.
+
+    Bias and scale cost one pass over the output (or the input), and their gradients one pass over the gradient and
+    what it is multiplied with, which writes the gradient for the product as well. Saved for backward: z = x Wᵀ if a
+    scale on the output is trained, x if one on the input is (or a dense `weight`); with neither, no matrix.
+    Differentiable once, except on the reference.
+
+    Args:
+        x [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
+        weight [N, K]: dense, in the dtype of x, frozen or trained; or quantised and frozen (`nf4_quantize`,
+            `int8_quantize`).
+        bias [N] (any floating dtype), or None.
+        scale (any floating dtype): [N] on the output, [K] on the input, None for "none".
+        scale_on: "output" (the paper), "input" (the 65B code) or "none" (the 7B code).
+        backend: "cpu", "triton" or "reference"; default: the fastest that can.
+
+    Returns:
+        [..., N] in the dtype of x; under autocast in autocast's, to which x and a dense weight are cast.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+        BackendUnavailable: the backend asked for cannot run this call.
+
+    Numerics: bias and scale act in fp32, but for a bias that the product itself adds, in the product's dtype. Their
+    gradients are summed in fp32 and have their own dtypes. Deterministic, on any number of threads.
+
+    Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), and its code: see `reference`.
+    """
+    call = check(x, weight, bias, scale, scale_on)
+    chosen = OP.select(call, backends.machine(call.device), backend)
+    if chosen == "reference":
+        return reference(*call[:5])
+    parts = weights.tensors(call.weight)
+    if call.differentiated:
+        return _BiasScaleLinear.apply(call.x, call.bias, call.scale, scale_on, chosen, *parts)
+    return _FWD(call.x, parts, call.bias, call.scale, scale_on, False, chosen)[0]

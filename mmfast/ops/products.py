@@ -1,0 +1,133 @@
+"""The two products with a frozen weight, x Wᵀ and grad W, each by the fastest way that the device has for them.
+
+They are steps of ops, so they check nothing. Matrices are contiguous in their last dimension, and `out` has the dtype
+in which the product is made: that of `compute_dtype`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mmfast.ops import weights
+
+# On a CPU a weight is brought into the dtype of the product so many elements at a time, a buffer that stays in cache...
+BLOCK_ELEMENTS = 2**21
+# ...for so many rows of x, among which that work is shared.
+CHUNK_ROWS = 1024
+# Up to so many rows, x Wᵀ in 16 bits is made of dot products and as fast as memory, with or without such instructions.
+DOT_ROWS = 8
+
+_buffers = threading.local()
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], the last stride 1; a copy only where no view can be."""
+    matrix = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def compute_dtype(x: Tensor, backend: str, *, grad: bool = False) -> torch.dtype:
+    """The dtype in which products with x [M, ...] are made: its own, or fp32 where that is much faster.
+
+    PyTorch's 16-bit products on a CPU without instructions for them run at a fifth (x Wᵀ) to a hundredth (grad W)
+    of the speed of fp32 ones.
+
+    Args:
+        x: the left factor.
+        backend: of the op; only "cpu" ever makes them in another dtype.
+        grad: whether the product is grad W.
+    """
+    return torch.float32 if backend == "cpu" and is_slow(x.dtype, x.shape[0], grad=grad) else x.dtype
+
+
+def is_slow(dtype: torch.dtype, rows: int, *, grad: bool) -> bool:
+    """Whether PyTorch's own products with so many rows of this dtype on the CPU are: see `compute_dtype`."""
+    return not _has_products(dtype) and (grad or rows > DOT_ROWS)
+
+
+@cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this dtype as fast as it should."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is None or bool(getattr(torch.ops.mkldnn, name)())
+
+
+def row_chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The parts in which rows of x [M, K] are taken: all at once, unless they must be cast to `dtype`. Never none."""
+    rows = x.shape[0]
+    if dtype == x.dtype:
+        return [slice(0, rows)]
+    return [slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, max(rows, 1), CHUNK_ROWS)]
+
+
+def linear(out: Tensor, x: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
+    """out [M, N] = x Wᵀ, or += with `add`, for x [M, K] and the tensors of W [N, K]."""
+    if weight[0].dtype == out.dtype:
+        torch.addmm(out, x, weight[0].t(), beta=float(add), out=out)
+        return
+    quantised = weights.FORMATS.get(weight[0].dtype)
+    if quantised and quantised.takes_small(x, weight, backend):
+        target = torch.empty_like(out) if add else out
+        quantised.small_linear(x, weight, target, backend, None)
+        if add:
+            out += target
+        return
+    for rows, block in _blocks(weight, out.dtype, backend):
+        part = out[:, rows]
+        if add:
+            torch.addmm(part, x, block.t(), out=part)
+        else:
+            torch.mm(x, block.t(), out=part)
+
+
+def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
+    """out [M, K] = grad W, or += with `add`, for grad [M, N] and the tensors of W [N, K]."""
+    if weight[0].dtype == out.dtype:
+        torch.addmm(out, grad, weight[0], beta=float(add), out=out)
+        return
+    if weights.shape(weight)[0] == 0 and not add:
+        out.zero_()
+    for rows, block in _blocks(weight, out.dtype, backend):
+        if add:
+            torch.addmm(out, grad[:, rows], block, out=out)
+        else:
+            torch.mm(grad[:, rows], block, out=out)
+        add = True
+
+
+def _blocks(weight: list[Tensor], dtype: torch.dtype, backend: str) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of W, which has another dtype or format, in `dtype`, block by block; a block is overwritten by the next."""
+    rows, columns = weights.shape(weight)
+    quantised = weights.FORMATS.get(weight[0].dtype)
+    if rows == 0:
+        return
+    step = rows
+    if weight[0].device.type == "cpu" and dtype == torch.float32:  # in 16 bits each block would round the sum anew
+        step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+        multiple = quantised.row_step(weight) if quantised else 1
+        step = min(rows, -(-step // multiple) * multiple)
+    buffer = _buffer(step * columns, dtype, weight[0].device)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        block = buffer[: (last - first) * columns].view(last - first, columns)
+        if quantised:
+            quantised.dequantize_rows(weight, first, last, block, backend)
+        else:
+            block.copy_(weight[0][first:last])
+        yield slice(first, last), block
+
+
+def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `size` elements: on a CPU this thread's own, again and again; on CUDA the allocator does that."""
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    kept: dict[torch.dtype, Tensor] = vars(_buffers).setdefault("kept", {})
+    buffer = kept.get(dtype)
+    if buffer is None or buffer.numel() < size:
+        buffer = kept[dtype] = torch.empty(size, dtype=dtype)
+    return buffer

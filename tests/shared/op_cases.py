@@ -1,0 +1,59 @@
+"""What the tests of ops share: which backends and dtypes can be tested here, and how near to float64 they must be."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfast.ops.backends import machine
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Added to 1.5 times eager's error: a quarter of the dtype's rounding unit, and in fp32 what the order of a sum makes.
+FLOOR = {torch.float32: 5e-7, torch.float16: 2**-13, torch.bfloat16: 2**-10}
+
+# ---- on the CPU, where Triton's kernels are interpreted
+
+CPU = torch.device("cpu")
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(bool(machine(CPU).lacks("cpu")), reason="the extension is not built")),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(bool(machine(CPU).lacks("triton")), reason="no Triton interpreter")
+    ),
+]
+# Triton's interpreter cannot multiply in bfloat16, and truncates where a GPU rounds to it.
+INTERPRETED_DTYPES = DTYPES[:2]
+KERNELS = [
+    pytest.param(*backend.values, dtype, marks=backend.marks)
+    for backend, dtype in itertools.product(BACKENDS, DTYPES)
+    if backend.values != ("triton",) or dtype in INTERPRETED_DTYPES
+]
+
+# ---- each backend where it is at home: Triton on the GPU if there is one
+
+ON_GPU = torch.cuda.is_available()
+DEVICES = {"cpu": "cpu", "triton": "cuda" if ON_GPU else "cpu"}
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    return DTYPES if backend == "cpu" or ON_GPU else INTERPRETED_DTYPES
+
+
+def case(backend: str, *values: Any) -> Any:
+    """A row of parameters that starts with a backend."""
+    return pytest.param(backend, *values, marks=[pytest.mark.gpu] if DEVICES[backend] == "cuda" else [])
+
+
+def skip_if_lacking(backend: str) -> None:
+    if backend == "triton" and (reason := machine(torch.device(DEVICES[backend])).lacks("triton")):
+        pytest.skip(reason)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The norm of the difference over that of `exact`."""
+    exact = exact.to(actual.device)
+    return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30))
