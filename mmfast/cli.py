@@ -25,6 +25,9 @@ COMMANDS = {
     "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
     "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),
     "convert": Command("turn a published checkpoint into a run folder", "mmfast.models.convert:convert"),
+    "quantize": Command(
+        "write a model's folder in 4 or 8 bits, tensor by tensor", "mmfast.adapt.quantized_checkpoint:quantize_command"
+    ),
     "export": Command("write a run in another library's layout", "mmfast.models.export:export"),
     "env": Command("what is installed here, and which backends can run", "mmfast.environment:show"),
 }

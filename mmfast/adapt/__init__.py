@@ -1,12 +1,27 @@
-"""Put adapters on a model, take them off again, merge them."""
+"""Put adapters on a model, take them off again, merge them, keep them in a folder; quantise the base."""
 
-from mmfast.adapt.lora import (
-    add_lora,
-    has_lora,
-    lora_parameters,
-    merge_lora,
-    merged_state_dict,
-    remove_lora,
-)
+from mmfast.adapt.add import add_bias_scale, add_lora, remove
+from mmfast.adapt.folder import AdapterReport, load_adapter, save_adapter
+from mmfast.adapt.layers import has_adapters, has_lora, lora_parameters
+from mmfast.adapt.merge import merge, merged_state_dict
+from mmfast.adapt.quantize import QuantizeReport, dequantize, quantize
+from mmfast.adapt.quantized_checkpoint import load_quantized, quantize_checkpoint
 
-__all__ = ["add_lora", "has_lora", "lora_parameters", "merge_lora", "merged_state_dict", "remove_lora"]
+__all__ = [
+    "AdapterReport",
+    "QuantizeReport",
+    "add_bias_scale",
+    "add_lora",
+    "dequantize",
+    "has_adapters",
+    "has_lora",
+    "load_adapter",
+    "load_quantized",
+    "lora_parameters",
+    "merge",
+    "merged_state_dict",
+    "quantize",
+    "quantize_checkpoint",
+    "remove",
+    "save_adapter",
+]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mmfast.adapt import dequantize
 from mmfast.connectors import build_connector
 from mmfast.data import Sample
 from mmfast.models.llava import Llava, LlavaConfig
@@ -29,7 +30,7 @@ def export(
     encoder: str | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Writes a trained model as a folder that other tools open, with LoRA merged in.
+    """Writes a trained model as a folder that other tools open, with LoRA merged in and without quantisation.
 
     The folder appears complete or not at all. Before it does, it is opened again and compared with the trained
     model on a fixed prompt with an image; the largest difference of any logit is printed.
@@ -60,6 +61,7 @@ def export(
     _check_target(target, list(model.base_names.values()), overwrite)
     batch = _probe(model)
     before = _logits(model, batch)
+    dequantize(model, model.get_input_embeddings().weight.dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename at the end stays on one file system.
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

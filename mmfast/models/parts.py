@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 # Several releases of transformers offer this class at their top only where torchvision is; it needs none.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from mmfast.adapt import load_quantized
+
 if TYPE_CHECKING:
     from mmfast.data import Processor
 
@@ -47,11 +49,14 @@ def text_config_of(folder: Path) -> Any:
 
 
 def open_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a causal language model with all its weights.
+    """Loads a causal language model with all its weights, quantised ones as `QuantizedLinear`.
 
     Raises:
         ValueError: If weights are missing in the folder.
     """
+    quantization: Any = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if quantization and quantization.get("quant_method") == "bitsandbytes":
+        return load_quantized(folder, dtype)
     opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, report = opened
     if report["missing_keys"]:

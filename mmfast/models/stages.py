@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapt import add_lora, has_lora, lora_parameters, merge_lora
+from mmfast.adapt import add_lora, has_lora, lora_parameters, merge
 from mmfast.models.trained import check_projector_widths, check_state, write_trained
 
 __all__ = ["LLAMA_LINEARS", "PARTS", "LoraSpec", "Stage", "StagedModel"]
@@ -78,14 +78,16 @@ class StagedModel(nn.Module):
         Raises:
             ValueError: If the language model has LoRA already or a target names no layer.
         """
-        names = add_lora(self.language_model, spec.targets, spec.rank, spec.alpha, spec.dropout)
+        if has_lora(self.language_model):
+            raise ValueError(f"{type(self).__name__}.add_lora: the language model has LoRA already; merge_lora() first")
+        names = add_lora(self.language_model, spec.targets, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout)
         self.lora_spec = spec
         self.trained_parts.add("lora")
         return names
 
     def merge_lora(self) -> None:
         """Merges LoRA into the language model, which counts as trained from then on."""
-        merge_lora(self.language_model)
+        merge(self.language_model)
         self.lora_spec = None
         self.trained_parts = (self.trained_parts - {"lora"}) | {"language_model"}
 

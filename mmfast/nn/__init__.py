@@ -1,5 +1,17 @@
 """Drop-in modules: each replaces a torch module of the same interface and keeps its state-dict names."""
 
-from mmfast.nn.lora_linear import LoRALinear
+from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
+from mmfast.nn.base_linear import BaseLinear
+from mmfast.nn.bias_scale_linear import BiasScaleLinear
+from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
+from mmfast.nn.quantized_linear import QuantizedLinear
 
-__all__ = ["LoRALinear"]
+__all__ = [
+    "AdaptedLinear",
+    "BaseLinear",
+    "BiasScaleLinear",
+    "LoRALinear",
+    "LoRALinearGroup",
+    "MergeDrift",
+    "QuantizedLinear",
+]

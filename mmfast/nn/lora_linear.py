@@ -1,26 +1,33 @@
-"""y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, as a module that takes the place of an `nn.Linear`."""
+"""y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, as modules that take the place of `nn.Linear` layers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-__all__ = ["LoRALinear"]
+from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
+from mmfast.ops.lora_linear import lora_linear, lora_linear_group
+
+__all__ = ["LoRALinear", "LoRALinearGroup"]
 
 
-class LoRALinear(nn.Linear):
-    """y = x Wᵀ + bias + (alpha / rank) · dropout(x) Aᵀ Bᵀ.
+class LoRALinear(AdaptedLinear):
+    """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, scaling = alpha / rank (rsLoRA: alpha / √rank).
 
-    `weight` and `bias` keep the names they have in `nn.Linear`, so checkpoints of the base load unchanged;
-    the adapter adds `lora_a` [rank, in_features] and `lora_b` [out_features, rank]. `lora_b` starts at zero:
-    a fresh layer returns what the base returns. The adapters are float32 whatever the base is, so that small
-    updates are not rounded away; the product is computed in the input's dtype. Under autocast the layer
-    behaves as `nn.Linear` does.
+    The adapter is `lora_a` [rank, in_features] and `lora_b` [out_features, rank]. `lora_b` starts at zero: a fresh
+    layer returns what the base returns. The product is computed in the input's dtype; under autocast the layer behaves
+    as `nn.Linear` does. W is dense, or quantised and frozen.
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", §4.1.
+    `merge()` adds the update to W in place, `unmerge()` takes it off again. A merged layer computes x Wᵀ + bias alone,
+    refuses to train, and its state dict is that of the merged `nn.Linear`: without the adapter's parameters, so that
+    no one adds the update twice. It loads no state dict.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1; the scaling of
+    rsLoRA: Kalajdzievski, "A Rank Stabilization Scaling Factor" (arXiv 2312.03732).
 
     Args:
         in_features: Size of the last dimension of the input.
@@ -28,13 +35,20 @@ class LoRALinear(nn.Linear):
         rank: Rank of the update, 1 or more.
         alpha: Scale of the update before the division by the rank.
         dropout: Probability in [0, 1) of dropping an element of the low-rank path's input while training.
+        use_rslora: Whether alpha is divided by the square root of the rank instead of the rank.
         bias: Whether the base has a bias.
         device: Device of all parameters.
         dtype: Dtype of `weight` and `bias`.
 
+    Attributes:
+        scaling: The factor on the update.
+        merged: Whether W has the update in it.
+
     Raises:
         ValueError: If rank, alpha or dropout is outside its range.
     """
+
+    adapter_names: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
 
     def __init__(
         self,
@@ -44,6 +58,7 @@ class LoRALinear(nn.Linear):
         alpha: float,
         dropout: float = 0.0,
         *,
+        use_rslora: bool = False,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -53,56 +68,37 @@ class LoRALinear(nn.Linear):
         self.rank = rank
         self.alpha = float(alpha)
         self.dropout = float(dropout)
-        self.scaling = self.alpha / rank
+        self.use_rslora = use_rslora
+        self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.merged = False
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=torch.float32))
         self.lora_b = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=torch.float32))
         self.reset_lora_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> LoRALinear:
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+    ) -> LoRALinear:
         """Puts a fresh adapter on `linear`'s own parameters: nothing is copied, `requires_grad` stays.
 
         Args:
-            linear: A plain `nn.Linear`. It stays usable and shares its parameters with the new layer.
+            linear: A plain `nn.Linear` or a `QuantizedLinear`. It stays usable and shares its weight and bias.
             rank: Rank of the update, 1 or more.
             alpha: Scale of the update before the division by the rank.
             dropout: Probability of dropping an element of the low-rank path's input while training.
+            use_rslora: Whether alpha is divided by the square root of the rank instead of the rank.
 
         Raises:
-            TypeError: If `linear` is anything but a plain `nn.Linear` (a quantised or parametrised one, say).
-            ValueError: If `linear` carries hooks, which the new layer would lose.
+            TypeError: If `linear` is anything else (an adapted or parametrised one, say).
+            ValueError: If `linear` carries hooks, which the new layer would lose, or an option is out of range.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"LoRALinear: the layer is a {type(linear).__name__}; a plain torch.nn.Linear is accepted; "
-                "remove its adapter, quantisation or parametrisation first"
-            )
-        if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
-            raise ValueError(
-                "LoRALinear: the layer carries hooks or a replaced forward, which would be lost; "
-                "a layer without them is accepted; add the adapter before the hooks"
-            )
-        # Built without storage: every base parameter is replaced by the given layer's own on the next lines.
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            alpha,
-            dropout,
-            bias=linear.bias is not None,
-            device="meta",
-        )
-        layer.weight, layer.bias = linear.weight, linear.bias
+        # Built without storage: the base's parameters are those of `linear`, the adapter's are made on its device.
+        layer = cls(linear.in_features, linear.out_features, rank, alpha, dropout, use_rslora=use_rslora, device="meta")
+        layer.adopt(linear)
         layer.lora_a = nn.Parameter(torch.empty_like(layer.lora_a, device=linear.weight.device))
         layer.lora_b = nn.Parameter(torch.empty_like(layer.lora_b, device=linear.weight.device))
         layer.reset_lora_parameters()
-        return layer.train(linear.training)
-
-    def to_linear(self) -> nn.Linear:
-        """Returns a plain `nn.Linear` on the base's own parameters: no adapter, and no copy."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        return layer
 
     def reset_lora_parameters(self) -> None:
         """Draws `lora_a` as `nn.Linear` draws its weight and zeroes `lora_b`, so that the update is zero."""
@@ -110,21 +106,138 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_b)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features] in the input's dtype (autocast's where it is on)."""
-        lowered = F.linear(F.dropout(input, self.dropout, self.training), self.lora_a.to(input.dtype))
-        update = F.linear(lowered, self.lora_b.to(input.dtype))
-        return F.linear(input, self.weight, self.bias) + self.scaling * update
+        """Maps [..., in_features] to [..., out_features] in the input's dtype (autocast's where it is on).
+
+        Raises:
+            RuntimeError: If the layer is merged and training.
+        """
+        if self.merged:
+            return self._forward_merged(input)
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(input, self.base_weight(), self.lora_a, self.lora_b, self.scaling, self.bias, dropout)
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + scaling · B A [out_features, in_features], summed in float32 or better and rounded once."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        update = self.lora_b.to(dtype) @ self.lora_a.to(dtype)
-        return (self.weight.to(dtype) + self.scaling * update).to(self.weight.dtype)
+    def merge(self) -> MergeDrift:
+        """Adds the update to the weight, in place: summed in float64, rounded once to the weight's dtype.
+
+        Returns:
+            How far the rounded weight is from the exact sum, and an unmerge would leave it from the original.
+
+        Raises:
+            RuntimeError: If the layer is merged already, or its weight is quantised and so cannot hold the sum.
+        """
+        if self.merged:
+            raise RuntimeError("LoRALinear.merge: the layer is merged already; call unmerge() first")
+        if self.weight_format is not None:
+            raise RuntimeError(
+                f"LoRALinear.merge: the weight is {self.weight_format}, which cannot hold the sum; a dense weight is "
+                "accepted; mmfast.adapt.merge(model, dtype) makes dense layers"
+            )
+        _, drift = self._fold(None, out=self.weight)
+        self.merged = True
+        return drift
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the update off the weight again; what `merge` measured as `unmerged` stays behind.
+
+        Raises:
+            RuntimeError: If the layer is not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("LoRALinear.unmerge: the layer is not merged; call merge() first")
+        for rows in self._row_blocks():
+            self.weight[rows] = self._unmerge_rows(self.weight[rows].double(), rows)
+        self.merged = False
 
     def extra_repr(self) -> str:
         """The base's sizes, then the adapter's."""
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        adapter = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        flags = ", use_rslora=True" * self.use_rslora + ", merged=True" * self.merged
+        return f"{super().extra_repr()}, {adapter}{flags}"
+
+    def _forward_merged(self, input: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "LoRALinear: the layer is merged and training, but the merged update gets no gradient; call unmerge() "
+                "to train, or eval() to infer"
+            )
+        return nn.Linear.forward(self, input)
+
+    def _update_rows(self, rows: slice) -> Tensor:
+        return (self.lora_b[rows].double() @ self.lora_a.double()).mul_(self.scaling)
+
+    def _merge_rows(self, base: Tensor, rows: slice) -> Tensor:
+        return base + self._update_rows(rows)
+
+    def _unmerge_rows(self, merged: Tensor, rows: slice) -> Tensor:
+        return merged - self._update_rows(rows)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in self.adapter_names:
+                del destination[prefix + name]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self.merged:
+            error_msgs.append(f"{prefix}weight: the LoRALinear is merged; call unmerge() before loading")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class LoRALinearGroup(nn.ModuleList):
+    """Siblings that read the same x (q, k and v; gate and up): one low-rank pass over x, one dropout mask.
+
+    Holds `LoRALinear` layers of the same input size and dropout; ranks, output sizes and formats of the weights may
+    differ. If one is merged, each runs by itself.
+
+    Args:
+        layers: The siblings, 1 or more.
+
+    Raises:
+        TypeError: If one is not a `LoRALinear`.
+        ValueError: If there is none, or they differ in input size or dropout.
+    """
+
+    def __init__(self, layers: Iterable[LoRALinear]) -> None:
+        siblings = list(layers)
+        for layer in siblings:
+            if not isinstance(layer, LoRALinear):
+                raise TypeError(f"LoRALinearGroup: a layer is a {type(layer).__name__}; LoRALinear is accepted")
+        shared = {(layer.in_features, layer.dropout) for layer in siblings}
+        if len(shared) != 1:
+            raise ValueError(
+                f"LoRALinearGroup: the pairs (in_features, dropout) of the layers are {sorted(shared)}; 1 or more "
+                "layers with the same pair are accepted"
+            )
+        super().__init__(siblings)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Maps [..., in_features] to one [..., out_features] for each sibling."""
+        siblings = [cast(LoRALinear, layer) for layer in self]
+        if any(layer.merged for layer in siblings):
+            return tuple(layer(input) for layer in siblings)
+        return lora_linear_group(
+            input,
+            [layer.base_weight() for layer in siblings],
+            [layer.lora_a for layer in siblings],
+            [layer.lora_b for layer in siblings],
+            [layer.scaling for layer in siblings],
+            [layer.bias for layer in siblings],
+            siblings[0].dropout if self.training else 0.0,
+        )
 
 
 def _check_options(rank: int, alpha: float, dropout: float) -> None:

@@ -1,15 +1,22 @@
-"""LoRALinear against its equation, its base layer and its promises on dtype and memory."""
+"""LoRALinear against its equation, its base layer and its promises on dtype, memory and merging."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mmfast.nn import LoRALinear
+from mmfast.nn import BaseLinear, LoRALinear, LoRALinearGroup, QuantizedLinear
+from mmfast.ops import dropout as dropouts
+from mmfast.ops import use_backend
 
 
-def adapted(linear: nn.Linear, rank: int = 3, alpha: float = 6.0, dropout: float = 0.0) -> LoRALinear:
-    layer = LoRALinear.from_linear(linear, rank, alpha, dropout)
+def adapted(
+    linear: nn.Linear, rank: int = 3, alpha: float = 6.0, dropout: float = 0.0, use_rslora: bool = False
+) -> LoRALinear:
+    layer = LoRALinear.from_linear(linear, rank, alpha, dropout, use_rslora=use_rslora)
     nn.init.normal_(layer.lora_b)
     return layer
 
@@ -89,14 +96,17 @@ def test_dropout_acts_on_the_low_rank_path_only_and_only_in_training() -> None:
     torch.manual_seed(0)
     update = layer(x) - linear(x)
     torch.manual_seed(0)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropout = dropouts.Dropout(dropouts.draw_seed(x.device), dropouts.threshold(0.5))
+    dropped = dropouts.reference(x, dropout)
+    assert 0.3 < (dropped == 0).float().mean() < 0.7
     expected = layer.scaling * (dropped @ layer.lora_a.T @ layer.lora_b.T)
     torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-5)
     layer.eval()
-    assert torch.equal(layer(x), layer(x))
+    whole = layer.scaling * (x @ layer.lora_a.T @ layer.lora_b.T)
+    torch.testing.assert_close(layer(x) - linear(x), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_merged_weight_is_summed_in_float32_and_rounded_once() -> None:
+def test_merged_weight_is_the_exact_sum_rounded_to_the_dtype_of_the_base() -> None:
     layer = adapted(nn.Linear(8, 6, dtype=torch.bfloat16))
     exact = layer.weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
     merged = layer.merged_weight()
@@ -131,8 +141,10 @@ def test_options_out_of_range_are_refused(options: dict[str, float], message: st
 
 
 def test_only_a_plain_linear_without_hooks_is_accepted() -> None:
-    with pytest.raises(TypeError, match="LoRALinear"):
+    with pytest.raises(TypeError, match="the layer is a LoRALinear"):
         LoRALinear.from_linear(LoRALinear(4, 4, 2, 1.0), 2, 1.0)
+    with pytest.raises(ValueError, match="maps 4 to 4 features; 4 to 5"):
+        LoRALinear(4, 5, 2, 1.0).adopt(nn.Linear(4, 4))
     with pytest.raises(TypeError, match="ParametrizedLinear"):
         LoRALinear.from_linear(parametrizations.weight_norm(nn.Linear(4, 4)), 2, 1.0)
     hooked = nn.Linear(4, 4)
@@ -145,3 +157,170 @@ def test_repr_names_the_adapter() -> None:
     layer = LoRALinear(4, 5, rank=2, alpha=8.0, dropout=0.1)
     expected = "in_features=4, out_features=5, bias=True, rank=2, alpha=8, dropout=0.1"
     assert repr(layer) == f"LoRALinear({expected})"
+    assert "use_rslora=True" in repr(LoRALinear(4, 5, 2, 8.0, use_rslora=True))
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    linear = nn.Linear(8, 6)
+    layer = adapted(linear, rank=4, alpha=6.0, use_rslora=True)
+    x = torch.randn(3, 8)
+    assert layer.scaling == 3.0
+    torch.testing.assert_close(layer(x) - linear(x), 3.0 * (x @ layer.lora_a.T @ layer.lora_b.T))
+
+
+# ---- merging
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_merge_and_unmerge_drift_by_what_they_say(dtype: torch.dtype) -> None:
+    layer = adapted(nn.Linear(24, 16, dtype=dtype)).eval()
+    original = layer.weight.detach().clone()
+    update = layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+    exact = original.double() + update
+    drift = layer.merge()
+    error = layer.weight.double() - exact
+    assert drift.largest == pytest.approx(error.abs().max().item(), rel=1e-6)
+    assert drift.relative == pytest.approx((error.norm() / update.norm()).item(), rel=1e-6)
+    assert drift.relative < 4 * torch.finfo(dtype).eps
+    assert torch.equal(layer.weight, exact.to(dtype))
+    layer.unmerge()
+    assert drift.unmerged == (layer.weight.double() - original.double()).abs().max().item()
+    if dtype in (torch.float16, torch.bfloat16):
+        assert drift.unmerged > 0
+
+
+def test_a_large_weight_is_merged_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = adapted(nn.Linear(24, 17))
+    whole, drift = layer.merged_linear()
+    monkeypatch.setattr("mmfast.nn.adapted_linear._CHUNK", 24 * 5)
+    blocks, again = layer.merged_linear()
+    assert torch.equal(blocks.weight, whole.weight)
+    assert again == pytest.approx(drift)
+
+
+def test_a_merged_layer_computes_the_base_alone_and_is_the_same_parameter() -> None:
+    layer = adapted(nn.Linear(8, 6), dropout=0.5).eval()
+    x, weight = torch.randn(3, 8), layer.weight
+    before = layer(x)
+    layer.merge()
+    assert layer.merged
+    assert layer.weight is weight
+    torch.testing.assert_close(layer(x), before)
+    assert torch.equal(layer(x), nn.functional.linear(x, weight, layer.bias))
+    assert "merged=True" in repr(layer)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_merging_twice_unmerging_first_and_training_merged_are_errors() -> None:
+    layer = adapted(nn.Linear(8, 6))
+    with pytest.raises(RuntimeError, match="the layer is not merged"):
+        layer.unmerge()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge()
+    with pytest.raises(RuntimeError, match=r"merged and training.*call unmerge\(\) to train"):
+        layer(torch.randn(3, 8))
+    with torch.no_grad():
+        layer(torch.randn(3, 8))
+    layer.eval()(torch.randn(3, 8))
+
+
+def test_the_state_of_a_merged_layer_is_that_of_the_merged_linear() -> None:
+    layer = adapted(nn.Linear(8, 6))
+    unmerged = copy.deepcopy(layer.state_dict())
+    layer.merge()
+    state = layer.state_dict()
+    assert set(state) == {"weight", "bias"}
+    plain = nn.Linear(8, 6)
+    plain.load_state_dict(state)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(plain(x), layer.eval()(x))
+    with pytest.raises(RuntimeError, match="lora_a"):
+        LoRALinear(8, 6, 3, 6.0).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"the LoRALinear is merged; call unmerge\(\) before loading"):
+        layer.load_state_dict(unmerged)
+    twin = copy.deepcopy(layer)
+    twin.unmerge()
+    twin.load_state_dict(unmerged)
+
+
+# ---- quantised bases
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_base_gets_an_adapter_and_loses_it_again(format: Any, bias: bool) -> None:
+    base = QuantizedLinear.from_linear(nn.Linear(64, 24, bias=bias), format).eval()
+    layer = adapted(base)
+    x = torch.randn(3, 64, requires_grad=True)
+    expected = base(x) + layer.scaling * (x @ layer.lora_a.T @ layer.lora_b.T)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    layer(x).sum().backward()
+    assert layer.lora_a.grad is not None
+    assert x.grad is not None
+    again = layer.to_linear()
+    assert type(again) is QuantizedLinear
+    assert torch.equal(again(x), base(x))
+    assert again.weight.data_ptr() == base.weight.data_ptr()
+    assert set(layer.state_dict()) == set(base.state_dict()) | {"lora_a", "lora_b"}
+    with pytest.raises(RuntimeError, match=rf"the weight is {format}.*mmfast.adapt.merge"):
+        layer.merge()
+    dense, drift = layer.merged_linear(torch.float64)
+    torch.testing.assert_close(dense(x.double()), expected.double(), rtol=1e-4, atol=1e-5)
+    assert drift.relative < 1e-15
+    assert layer.merged_weight().dtype == torch.float32
+
+
+def test_a_base_linear_is_adopted_as_a_plain_one_is() -> None:
+    base = BaseLinear(8, 6)
+    assert LoRALinear.from_linear(base, 2, 4.0).weight is base.weight
+
+
+# ---- groups
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_group_returns_and_trains_as_its_layers_alone(backend: str, quantized: bool) -> None:
+    bases: list[nn.Linear] = [nn.Linear(32, 16), nn.Linear(32, 8, bias=False), nn.Linear(32, 16)]
+    for base in bases:
+        base.requires_grad_(False)
+    if quantized:
+        bases[1] = QuantizedLinear.from_linear(bases[1], "int8")
+    layers = [adapted(base, rank) for base, rank in zip(bases, (1, 3, 4), strict=True)]
+    twins = copy.deepcopy(layers)
+    x = torch.randn(2, 5, 32)
+    with use_backend(backend):
+        together, alone = LoRALinearGroup(layers)(x), [layer(x) for layer in twins]
+        sum(out.square().sum() for out in together).backward()  # type: ignore[union-attr]
+        sum(out.square().sum() for out in alone).backward()  # type: ignore[union-attr]
+    for out, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for layer, twin in zip(layers, twins, strict=True):
+        torch.testing.assert_close(layer.lora_a.grad, twin.lora_a.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.lora_b.grad, twin.lora_b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_shares_one_mask_and_runs_with_merged_layers() -> None:
+    layers = [adapted(nn.Linear(64, 6), dropout=0.5), adapted(nn.Linear(64, 6), dropout=0.5)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    group = LoRALinearGroup(layers)
+    x = torch.randn(4, 64)
+    first, second = group(x)
+    assert torch.equal(first, second)
+    group.eval()
+    first, second = group(x)
+    assert not torch.equal(first, layers[0].train()(x))
+    group.eval()
+    layers[0].merge()
+    torch.testing.assert_close(group(x), (first, second))
+
+
+def test_layers_that_are_no_siblings_are_refused() -> None:
+    with pytest.raises(TypeError, match="a layer is a Linear"):
+        LoRALinearGroup([nn.Linear(4, 4)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"are \[\(4, 0.0\), \(5, 0.0\)\]"):
+        LoRALinearGroup([LoRALinear(4, 4, 1, 1.0), LoRALinear(5, 4, 1, 1.0)])
+    with pytest.raises(ValueError, match="1 or more"):
+        LoRALinearGroup([])
