@@ -133,7 +133,7 @@ def environment(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
     else:
-        found["device"] = _cpu_name()
+        found |= {"device": _cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability()}
     return found
 
 

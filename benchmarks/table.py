@@ -8,36 +8,48 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
-# What stands in the README: the file and the beginning of the cases' names.
+# What stands in the README: the file, the provider and the beginning of the cases' names.
 SHOWN = (
-    ("spatio_temporal_pool", ("forward 2x100", "both 2x100")),
-    ("linear_cross_entropy", ("2048x", "1024x")),
+    ("lora_linear", "auto", ("1024x", "128x", "64x2048", "16x2048", "1x2048")),
+    ("lora_linear", "lora_linear_group", ("q, k, v",)),
+    ("bias_scale_linear", "auto", ("output 1024x", "input 1024x", "output 32x")),
+    ("nf4", "cpu", ("dequantise 4096x4096 bf", "linear 1 · 4096x4096", "linear 8 · 4096x4096 bf")),
+    ("int8", "cpu", ("linear 1 · 4096x4096 bf",)),
+    ("spatio_temporal_pool", "auto", ("forward 2x100", "both 2x100")),
+    ("linear_cross_entropy", "mmfast:cpu", ("2048x", "1024x")),
 )
-OURS = ("auto", "mmfast:cpu")
 
 
-def rows(name: str, beginnings: tuple[str, ...]) -> list[str]:
+def rows(name: str, provider: str, beginnings: tuple[str, ...]) -> list[str]:
     """One line of the table for each shown case of one benchmark."""
     found: list[dict[str, Any]] = json.loads((ROOT / f"benchmarks/results/cpu/{name}.json").read_text())["rows"]
     lines = []
     for row in found:
-        if row["provider"] in OURS and row["case"].startswith(beginnings):
+        if row["provider"] == provider and row["case"].startswith(beginnings):
             spread = f"{row['p20']:.1f} to {row['p80']:.1f}"
             memory = f"{row['peak MiB']:.0f} MiB" if "peak MiB" in row else ""
             lines.append(f"| `{name}` {row['case']} | {row['ms']:.1f} ms ({spread}) | {row['ratio']:.1f}x | {memory} |")
     return lines
 
 
+def origin(name: str) -> str:
+    """Where and when a file was measured."""
+    environment = json.loads((ROOT / f"benchmarks/results/cpu/{name}.json").read_text())["environment"]
+    instructions = f" ({environment['instructions']})" if "instructions" in environment else ""
+    return f"{environment['device']}{instructions}, torch {environment['torch']}, {environment['date']}"
+
+
 def main() -> None:
-    environment = json.loads((ROOT / "benchmarks/results/cpu/spatio_temporal_pool.json").read_text())["environment"]
     lines = [
         BEGIN,
         "| op and case | median (p20 to p80) | times as fast as eager | extra memory |",
         "|---|---|---|---|",
     ]
-    for name, beginnings in SHOWN:
-        lines += rows(name, beginnings)
-    lines += ["", f"{environment['device']}, torch {environment['torch']}, {environment['date']}.", END]
+    for name, provider, beginnings in SHOWN:
+        lines += rows(name, provider, beginnings)
+    names = list(dict.fromkeys(name for name, *_ in SHOWN))
+    origins = {where: [name for name in names if origin(name) == where] for where in map(origin, names)}
+    lines += ["", *(f"{', '.join(f'`{name}`' for name in of)}: {where}.  " for where, of in origins.items()), END]
     readme = (ROOT / "README.md").read_text()
     before, rest = readme.split(BEGIN)
     (ROOT / "README.md").write_text(before + "\n".join(lines) + rest.split(END)[1])

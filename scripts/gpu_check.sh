@@ -22,7 +22,7 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 # What was measured on other code must not be taken for this code's.
 work=build/gpu_check
-revision=$(cat csrc/*.* csrc/*/* kernels/*.py mmfast/ops/*.py benchmarks/*.py tests/ops/*.py | sha256sum | cut -c1-16)
+revision=$(cat csrc/*.* csrc/*/* kernels/*.py mmfast/ops/*.py benchmarks/*.py tests/ops/*.py tests/shared/*.py | sha256sum | cut -c1-16)
 [[ "$(cat $work/revision 2>/dev/null)" == "$revision" ]] || rm -rf $work
 mkdir -p $work
 echo "$revision" >$work/revision
@@ -42,7 +42,10 @@ part() { # name, seconds allowed, command...
 }
 
 part build 240 "$python" -m pip install --no-build-isolation --no-deps -e .
-part tests 300 "$python" -m pytest -m gpu
+# One part a file: compiling the kernels' many forms takes most of the time, and what is done need not be done again.
+for file in $(grep -lE 'mark\.gpu|op_cases' tests/ops/test_*.py); do
+  part "$(basename "$file" .py)" 300 "$python" -m pytest -m gpu "$file"
+done
 for file in benchmarks/bench_*.py; do
   # Scripts find the harness beside them, which a safe path would forbid.
   part "$(basename "$file" .py)" 120 env -u PYTHONSAFEPATH "$python" "$file" --device cuda --out $work
