@@ -79,10 +79,7 @@ def linear(out: Tensor, x: Tensor, weight: list[Tensor], backend: str, *, add: b
         return
     for rows, block in _blocks(weight, out.dtype, backend):
         part = out[:, rows]
-        if add:
-            torch.addmm(part, x, block.t(), out=part)
-        else:
-            torch.mm(x, block.t(), out=part)
+        torch.addmm(part, x, block.t(), beta=float(add), out=part)
 
 
 def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
@@ -93,10 +90,7 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
     for rows, block in _blocks(weight, out.dtype, backend):
-        if add:
-            torch.addmm(out, grad[:, rows], block, out=out)
-        else:
-            torch.mm(grad[:, rows], block, out=out)
+        torch.addmm(out, grad[:, rows], block, beta=float(add), out=out)
         add = True
 
 

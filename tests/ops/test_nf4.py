@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, DTYPES, FLOOR, INTERPRETED_DTYPES, KERNELS, TOLERANCE
+from op_cases import BACKENDS, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_linear_close, run_linear
 from torch import Tensor
 
 from mmfast.ops import (
@@ -45,31 +45,8 @@ def same(a: NF4Weight, b: NF4Weight) -> bool:
     return a.dtype == b.dtype and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(*parts, strict=True))
 
 
-def run(function: Any, x: Tensor, q: NF4Weight, bias: Tensor | None = None, **options: Any) -> list[Tensor]:
-    """The output and the gradients of x and bias, for a fixed gradient of the output."""
-    x = x.detach().requires_grad_()
-    bias = None if bias is None else bias.detach().requires_grad_()
-    output = function(x, q, bias, **options)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    output.backward(grad.to(output))
-    assert output.dtype == x.dtype
-    found = [output.detach(), x.grad, *([] if bias is None else [bias.grad])]
-    return [part for part in found if part is not None]
-
-
 def assert_close(backend: str, x: Tensor, q: NF4Weight, bias: Tensor | None = None) -> None:
-    """Output and gradients are as near to the float64 definition as they must be, and no worse than eager's."""
-    dtype = x.dtype
-    exact = run(quantized_linear.reference, x.double(), q, bias)
-    eager = run(quantized_linear.reference, x, q, bias)
-    ours = run(nf4_linear, x, q, bias, backend=backend)
-    for found, baseline, wanted in zip(ours, eager, exact, strict=True):
-        assert found.shape == wanted.shape
-        size = torch.linalg.vector_norm(wanted.double()).item()
-        error = torch.linalg.vector_norm(found.double() - wanted).item()
-        allowed = 1.5 * torch.linalg.vector_norm(baseline.double() - wanted).item() + FLOOR[dtype] * size
-        assert error <= allowed, f"error {error}, allowed {allowed}, size {size}"
-        assert error <= TOLERANCE[dtype] * size
+    assert_linear_close(nf4_linear, backend, x, q, bias)
 
 
 # ---- the definition
@@ -281,7 +258,7 @@ def test_threads_do_not_change_a_bit(rows: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows(backend: str) -> None:
     q = nf4_quantize(torch.randn(8, 64))
-    output, grad_x, grad_bias = run(nf4_linear, torch.randn(2, 0, 64), q, torch.randn(8), backend=backend)
+    output, grad_x, grad_bias = run_linear(nf4_linear, torch.randn(2, 0, 64), q, torch.randn(8), backend=backend)
     assert output.shape == (2, 0, 8) and grad_x.shape == (2, 0, 64)
     assert grad_bias.tolist() == [0.0] * 8
 
@@ -332,7 +309,9 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
     compiled = torch.compile(nf4_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (3, 12):
         x = torch.randn(rows, 64)
-        torch.testing.assert_close(run(compiled, x, q, bias, backend="cpu"), run(nf4_linear, x, q, bias, backend="cpu"))
+        torch.testing.assert_close(
+            run_linear(compiled, x, q, bias, backend="cpu"), run_linear(nf4_linear, x, q, bias, backend="cpu")
+        )
     dense = torch.compile(nf4_dequantize, fullgraph=True, backend="aot_eager")(q)
     assert torch.equal(dense, nf4_dequantize(q))
 

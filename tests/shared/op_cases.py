@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmfast.ops import quantized_linear
 from mmfast.ops.backends import machine
+from mmfast.ops.weights import QuantizedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -57,3 +59,35 @@ def error(actual: Tensor, exact: Tensor) -> float:
     """The norm of the difference over that of `exact`."""
     exact = exact.to(actual.device)
     return float((actual.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+# ---- the linears of quantised weights
+
+
+def run_linear(
+    function: Any, x: Tensor, q: QuantizedWeight, bias: Tensor | None = None, **options: Any
+) -> list[Tensor]:
+    """The output and the gradients of x and bias, for a fixed gradient of the output."""
+    x = x.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    output = function(x, q, bias, **options)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    output.backward(grad.to(output))
+    assert output.dtype == x.dtype
+    found = [output.detach(), x.grad, *([] if bias is None else [bias.grad])]
+    return [part for part in found if part is not None]
+
+
+def assert_linear_close(linear: Any, backend: str, x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> None:
+    """Output and gradients are as near to the float64 definition as they must be, and no worse than eager's."""
+    dtype = x.dtype
+    exact = run_linear(quantized_linear.reference, x.double(), q, bias)
+    eager = run_linear(quantized_linear.reference, x, q, bias)
+    ours = run_linear(linear, x, q, bias, backend=backend)
+    for found, baseline, wanted in zip(ours, eager, exact, strict=True):
+        assert found.shape == wanted.shape
+        size = torch.linalg.vector_norm(wanted.double()).item()
+        error = torch.linalg.vector_norm(found.double() - wanted).item()
+        allowed = 1.5 * torch.linalg.vector_norm(baseline.double() - wanted).item() + FLOOR[dtype] * size
+        assert error <= allowed, f"error {error}, allowed {allowed}, size {size}"
+        assert error <= TOLERANCE[dtype] * size
