@@ -13,9 +13,9 @@ inline const bool* check_pool(const TensorView& features, const TensorView& pool
                               const std::optional<TensorView>& frame_mask) {
   const std::string op = "spatio_temporal_pool: ";
   check(features.dim() == 4 && (features.size(3) <= 1 || features.stride(3) == 1),
-        op + "features are " + features.describe() + "; expected [B, T, N, D] with stride 1 in the last dimension");
+        op, "features are ", features, "; expected [B, T, N, D] with stride 1 in the last dimension");
   check(pooled.dim() == 3 && pooled.size(1) >= features.size(1) + features.size(2),
-        op + "pooled is " + pooled.describe() + "; expected [B, T' + N, D] for features " + features.describe());
+        op, "pooled is ", pooled, "; expected [B, T' + N, D] for features ", features);
   pooled.expect("pooled", features.dtype, {features.size(0), pooled.size(1), features.size(3)});
   if (!frame_mask) return nullptr;
   frame_mask->expect("frame_mask", DType::boolean, {features.size(0), features.size(1)});

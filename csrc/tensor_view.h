@@ -1,8 +1,11 @@
 // A tensor as the kernels see it: address, dtype, shape, strides. Checked once, where Python enters.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <ostream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,9 +21,13 @@ inline const char* name_of(DType dtype) {
   return names[static_cast<int>(dtype)];
 }
 
-// Becomes a ValueError in Python.
-inline void check(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
+// Raises unless `holds`; becomes a ValueError in Python. The message is joined from its parts only then.
+template <typename... Parts>
+void check(bool holds, const Parts&... message) {
+  if (holds) [[likely]] return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
 }
 
 struct TensorView {
@@ -44,18 +51,17 @@ struct TensorView {
     return static_cast<T*>(data);
   }
 
-  std::string describe() const {
-    std::string text = std::string(name_of(dtype)) + "[";
-    for (int64_t i = 0; i < dim(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-    return text + "]";
+  friend std::ostream& operator<<(std::ostream& text, const TensorView& view) {
+    text << name_of(view.dtype) << "[";
+    for (int64_t i = 0; i < view.dim(); ++i) text << (i ? ", " : "") << view.shape[i];
+    return text << "]";
   }
 
   // Raises unless the view has this dtype and shape and its elements are packed.
   void expect(const char* name, DType wanted, std::initializer_list<int64_t> wanted_shape) const {
-    TensorView like{nullptr, wanted, wanted_shape, {}};
-    check(dtype == wanted && shape == like.shape,
-          std::string(name) + " is " + describe() + "; expected " + like.describe());
-    check(is_contiguous(), std::string(name) + " must be contiguous");
+    const bool fits = std::equal(shape.begin(), shape.end(), wanted_shape.begin(), wanted_shape.end());
+    if (dtype != wanted || !fits) check(false, name, " is ", *this, "; expected ", TensorView{nullptr, wanted, wanted_shape, {}});
+    check(is_contiguous(), name, " must be contiguous");
   }
 
   bool is_contiguous() const {

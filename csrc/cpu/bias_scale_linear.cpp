@@ -117,8 +117,8 @@ void for_each_tile(int64_t rows, int64_t columns, int threads, F run) {
 
 const TensorView& check_matrix(const char* name, const TensorView& view, int64_t rows, int64_t columns) {
   check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),
-        "bias_scale_linear: " + std::string(name) + " is " + view.describe() + "; expected [" + std::to_string(rows) +
-            ", " + std::to_string(columns) + "] with stride 1 in the last dimension");
+        "bias_scale_linear: ", name, " is ", view, "; expected [", rows,
+            ", ", columns, "] with stride 1 in the last dimension");
   return view;
 }
 
@@ -155,7 +155,7 @@ void with_scalar(DType dtype, F run) {
     case DType::f32: return run(float{});
     case DType::f16: return run(Float16{});
     case DType::bf16: return run(Bfloat16{});
-    default: check(false, std::string("bias_scale_linear: no kernel for ") + name_of(dtype));
+    default: check(false, "bias_scale_linear: no kernel for ", name_of(dtype));
   }
 }
 
@@ -164,12 +164,12 @@ void with_scalar(DType dtype, F run) {
 // y = (z + bias) · scale; z, y [M, N] of one dtype, or one of them f32; bias, scale [N] f32. y may be z.
 void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std::optional<TensorView> scale,
                                TensorView y, int threads) {
-  check(z.dim() == 2, "bias_scale_linear: z is " + z.describe() + "; expected two dimensions");
+  check(z.dim() == 2, "bias_scale_linear: z is ", z, "; expected two dimensions");
   const int64_t rows = z.size(0), columns = z.size(1);
   check_matrix("z", z, rows, columns);
   check_matrix("y", y, rows, columns);
   check(z.dtype == y.dtype || z.dtype == DType::f32 || y.dtype == DType::f32,
-        "bias_scale_linear: z is " + z.describe() + " and y " + y.describe() + "; expected one dtype, or one float32");
+        "bias_scale_linear: z is ", z, " and y ", y, "; expected one dtype, or one float32");
   const Vector b("bias", bias, columns, 0.0f), s("scale", scale, columns, 1.0f);
   const auto run = [&](auto z_scalar, auto y_scalar) {
     const auto from = matrix<decltype(z_scalar)>(z);
@@ -192,7 +192,7 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
                                std::optional<TensorView> scale, std::optional<TensorView> out,
                                std::optional<TensorView> grad_bias, std::optional<TensorView> grad_scale,
                                int threads) {
-  check(grad.dim() == 2, "bias_scale_linear: grad is " + grad.describe() + "; expected two dimensions");
+  check(grad.dim() == 2, "bias_scale_linear: grad is ", grad, "; expected two dimensions");
   const int64_t rows = grad.size(0), columns = grad.size(1);
   check_matrix("grad", grad, rows, columns);
   if (z) check_matrix("z", *z, rows, columns);
@@ -219,8 +219,8 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
   const DType z_dtype = z ? z->dtype : other, out_dtype = out ? out->dtype : other;
   check(z_dtype == other && (grad.dtype == other || out_dtype == other) &&
             (out_dtype == other || out_dtype == DType::f32),
-        std::string("bias_scale_linear: grad is ") + name_of(grad.dtype) + ", z " + name_of(z_dtype) + " and out " +
-            name_of(out_dtype) + "; expected one dtype, or float32 for grad or out");
+        "bias_scale_linear: grad is ", name_of(grad.dtype), ", z ", name_of(z_dtype), " and out ",
+            name_of(out_dtype), "; expected one dtype, or float32 for grad or out");
   with_scalar(other, [&](auto scalar) {
     if (grad.dtype != other) return run(float{}, scalar, scalar);
     if (out_dtype != other) return run(scalar, scalar, float{});

@@ -79,7 +79,7 @@ MMFAST_CLONES void drop_bf16(const Bfloat16* x, Bfloat16* out, int64_t n, int64_
 // matrix that the mask belongs to.
 void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_row, TensorView out, int threads) {
   check(x.dim() == 2 && x.shape == out.shape && x.dtype == out.dtype,
-        "x is " + x.describe() + " and out is " + out.describe() + "; expected two equal matrices");
+        "x is ", x, " and out is ", out, "; expected two equal matrices");
   check(x.size(1) <= 1 || (x.stride(1) == 1 && out.stride(1) == 1), "the last stride must be 1");
   const int64_t rows = x.size(0), columns = x.size(1);
   const Mask mask{{static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)},
@@ -94,7 +94,7 @@ void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_ro
     case DType::f32: return run(x.as<float>(), out.as<float>(), &drop_f32);
     case DType::f16: return run(x.as<Float16>(), out.as<Float16>(), &drop_f16);
     case DType::bf16: return run(x.as<Bfloat16>(), out.as<Bfloat16>(), &drop_bf16);
-    default: check(false, "x is " + x.describe() + "; expected float32, float16 or bfloat16");
+    default: check(false, "x is ", x, "; expected float32, float16 or bfloat16");
   }
 }
 

@@ -172,12 +172,12 @@ void dispatch(DType dtype, F run) {
     case DType::f32: return run(float{});
     case DType::f16: return run(Float16{});
     case DType::bf16: return run(Bfloat16{});
-    default: check(false, std::string("int8: no kernel for ") + name_of(dtype));
+    default: check(false, "int8: no kernel for ", name_of(dtype));
   }
 }
 
 void check_weight(const TensorView& values, const TensorView& scale) {
-  check(values.dim() == 2, "values are " + values.describe() + "; expected [N, K]");
+  check(values.dim() == 2, "values are ", values, "; expected [N, K]");
   values.expect("values", DType::i8, {values.size(0), values.size(1)});
   scale.expect("scale", DType::f32, {values.size(0)});
 }
@@ -186,10 +186,10 @@ void check_weight(const TensorView& values, const TensorView& scale) {
 
 // weight [N, K]; values [N, K] i8 and scale [N] f32: output. A row that is not finite has a scale that is not.
 void int8_quantize_cpu(TensorView weight, TensorView values, TensorView scale, int threads) {
-  check(weight.dim() == 2 && weight.is_contiguous(), "weight is " + weight.describe() + "; expected [N, K], contiguous");
+  check(weight.dim() == 2 && weight.is_contiguous(), "weight is ", weight, "; expected [N, K], contiguous");
   check_weight(values, scale);
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  check(values.shape == weight.shape, "values are " + values.describe() + " but weight " + weight.describe());
+  check(values.shape == weight.shape, "values are ", values, " but weight ", weight);
   threads = threads_for(rows * columns, threads);
   dispatch(weight.dtype, [&](auto scalar) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -204,7 +204,7 @@ void int8_dequantize_cpu(TensorView values, TensorView scale, int64_t first, int
                          int threads) {
   check_weight(values, scale);
   check(0 <= first && first <= last && last <= values.size(0),
-        "int8: rows " + std::to_string(first) + " to " + std::to_string(last) + " of " + values.describe());
+        "int8: rows ", first, " to ", last, " of ", values);
   const int64_t columns = values.size(1), count = (last - first) * columns;
   out.expect("out", out.dtype, {last - first, columns});
   threads = threads_for(count, threads);

@@ -97,7 +97,7 @@ void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::option
     case DType::f32: return run(logits.as<float>(), &row_f32);
     case DType::f16: return run(logits.as<Float16>(), &row_f16);
     case DType::bf16: return run(logits.as<Bfloat16>(), &row_bf16);
-    default: check(false, "logits are " + logits.describe() + "; expected float32, float16 or bfloat16");
+    default: check(false, "logits are ", logits, "; expected float32, float16 or bfloat16");
   }
 }
 

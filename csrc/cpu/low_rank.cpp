@@ -133,9 +133,9 @@ MMFAST_CLONES void expand(const float* s, const Lanes* tiles, int64_t ranks, flo
 
 void expect_matrix(const char* name, const TensorView& x, int64_t rows, int64_t columns, bool packed) {
   check(x.dtype == DType::f32 && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
-        std::string(name) + " is " + x.describe() + "; expected float32[" + std::to_string(rows) + ", " +
-            std::to_string(columns) + "]");
-  check(!packed || columns <= 1 || x.stride(1) == 1, std::string(name) + " must have stride 1 in its last dimension");
+        name, " is ", x, "; expected float32[", rows, ", ",
+            columns, "]");
+  check(!packed || columns <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension");
 }
 
 }  // namespace

@@ -450,20 +450,20 @@ void dispatch(DType dtype, F run) {
     case DType::f32: return run(float{});
     case DType::f16: return run(Float16{});
     case DType::bf16: return run(Bfloat16{});
-    default: check(false, std::string("nf4: no kernel for ") + name_of(dtype));
+    default: check(false, "nf4: no kernel for ", name_of(dtype));
   }
 }
 
 Scales read_scales(const std::vector<TensorView>& weight) {
   const TensorView& packed = weight[0];
-  check(packed.dim() == 2, "packed is " + packed.describe() + "; expected [N, K // 2]");
+  check(packed.dim() == 2, "packed is ", packed, "; expected [N, K // 2]");
   packed.expect("packed", DType::u8, {packed.size(0), packed.size(1)});
   const int64_t blocks = (2 * packed.numel() + BLOCK - 1) / BLOCK;
   if (weight.size() == 2) {
     weight[1].expect("absmax", DType::f32, {blocks});
     return {weight[1].as<float>()};
   }
-  check(weight.size() == 5, "nf4: " + std::to_string(weight.size()) + " tensors; expected 2, or 5 if double-quantised");
+  check(weight.size() == 5, "nf4: ", weight.size(), " tensors; expected 2, or 5 if double-quantised");
   weight[1].expect("absmax", DType::u8, {blocks});
   weight[2].expect("nested_absmax", DType::f32, {(blocks + NESTED_BLOCK - 1) / NESTED_BLOCK});
   weight[3].expect("nested_code", DType::f32, {256});
@@ -477,7 +477,7 @@ Scales read_scales(const std::vector<TensorView>& weight) {
 // absmax that is not.
 void nf4_quantize_cpu(TensorView weight, TensorView packed, TensorView absmax, int threads) {
   check(weight.dim() == 2 && weight.is_contiguous() && weight.size(1) % 2 == 0,
-        "weight is " + weight.describe() + "; expected [N, K], contiguous, K even");
+        "weight is ", weight, "; expected [N, K], contiguous, K even");
   const int64_t count = weight.numel(), blocks = (count + BLOCK - 1) / BLOCK;
   packed.expect("packed", DType::u8, {weight.size(0), weight.size(1) / 2});
   absmax.expect("absmax", DType::f32, {blocks});
@@ -497,7 +497,7 @@ void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t l
   const Scales scales = read_scales(weight);
   const int64_t columns = 2 * weight[0].size(1), begin = first * columns, count = (last - first) * columns;
   check(0 <= first && first <= last && last <= weight[0].size(0) && begin % BLOCK == 0,
-        "nf4: rows " + std::to_string(first) + " to " + std::to_string(last) + " of packed " + weight[0].describe() +
+        "nf4: rows ", first, " to ", last, " of packed ", weight[0],
             "; expected rows of it, the first at the start of a block");
   out.expect("out", out.dtype, {last - first, columns});
   const uint8_t* packed = weight[0].as<uint8_t>() + begin / 2;

@@ -203,7 +203,7 @@ void dispatch(DType dtype, F run) {
     case DType::f32: return run(float{});
     case DType::f16: return run(Float16{});
     case DType::bf16: return run(Bfloat16{});
-    default: check(false, std::string("spatio_temporal_pool: no kernel for ") + name_of(dtype));
+    default: check(false, "spatio_temporal_pool: no kernel for ", name_of(dtype));
   }
 }
 

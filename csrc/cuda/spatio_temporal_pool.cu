@@ -221,7 +221,7 @@ void dispatch(DType dtype, F run) {
     case DType::f32: return run(float{});
     case DType::f16: return run(__half{});
     case DType::bf16: return run(__nv_bfloat16{});
-    default: check(false, std::string("spatio_temporal_pool: no kernel for ") + name_of(dtype));
+    default: check(false, "spatio_temporal_pool: no kernel for ", name_of(dtype));
   }
 }
 
@@ -230,7 +230,7 @@ void check_alignment(const TensorView& tensor) {
   const int64_t width = width_of(tensor);
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.shape.back() % width == 0;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) aligned = aligned && tensor.stride(i) % width == 0;
-  check(aligned, "spatio_temporal_pool: rows of " + tensor.describe() + " do not start at multiples of 16 bytes");
+  check(aligned, "spatio_temporal_pool: rows of ", tensor, " do not start at multiples of 16 bytes");
 }
 
 unsigned blocks(int64_t count) {

@@ -43,7 +43,7 @@ def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | No
     Returns:
         [..., N] in the dtype of x.
 
-    Numerics: the product is rounded to the dtype of x. Bias and scale act in the wider of their dtypes and that of x,
+    Numerics: the product, with a bias of its dtype, is rounded to the dtype of x. Another bias and the scale act in the wider of their dtypes and that of x,
     fp32 as a rule, and what comes of it is rounded to the dtype of x once.
 
     Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), equation 1; Lightning-AI/litgpt, litgpt/adapter_v2.py:57;
@@ -52,10 +52,9 @@ def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | No
     dense = weights.dense(weight, x.dtype)
     if scale_on == "input" and scale is not None:
         x = (x * scale).to(x.dtype)
-    if scale_on != "output" and (bias is None or bias.dtype == x.dtype):
-        return F.linear(x, dense, bias)
-    y = F.linear(x, dense)
-    if bias is not None:
+    in_product = bias is None or bias.dtype == x.dtype
+    y = F.linear(x, dense, bias if in_product else None)
+    if bias is not None and not in_product:
         y = y + bias
     if scale_on == "output" and scale is not None:
         y = y * scale
@@ -150,6 +149,22 @@ def _cpu_avoids(call: Call, machine: Machine) -> str | None:
         matrix = "rows · K" if call.scale_on == "input" else "rows · N"
         return f"{matrix} is {size}; below {least} the reference is faster"
     return _nothing_to_gain(call, machine)
+
+
+def _is_small(
+    x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
+) -> bool:
+    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    if not backends.plain((x, weight, bias, scale), backend) or x.dim() == 0 or weight.dim() != 2:
+        return False
+    # Without a scale the reference is best at any size. Vectors are compared because broadcasting would let them pass.
+    columns, features = weight.shape
+    if scale is None:
+        return scale_on == "none" and (bias is None or bias.shape == (columns,))
+    if scale_on not in CPU_CROSSOVER or scale_on == "none":
+        return False
+    size, scaled = (x.numel(), features) if scale_on == "input" else (x.numel() // max(features, 1) * columns, columns)
+    return size < CPU_CROSSOVER[scale_on] and scale.shape == (scaled,) and (bias is None or bias.shape == (columns,))
 
 
 OP = Op(
@@ -449,6 +464,12 @@ def bias_scale_linear(
 
     Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), and its code: see `reference`.
     """
+    if _is_small(x, weight, bias, scale, scale_on, backend):
+        try:
+            return reference(x, weight, bias, scale, scale_on)
+        except RuntimeError:
+            check(x, weight, bias, scale, scale_on)  # says what is wrong
+            raise
     call = check(x, weight, bias, scale, scale_on)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

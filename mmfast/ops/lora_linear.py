@@ -59,7 +59,7 @@ def reference(
     lowered = x if dropout is None else dropouts.reference(x, dropout).to(x.dtype)
     update = F.linear(F.linear(lowered, lora_a.to(x.dtype)), lora_b.to(x.dtype))
     base = F.linear(x, weights.dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-    return base + scaling * update
+    return torch.add(base, update, alpha=scaling)
 
 
 class Call(NamedTuple):
@@ -97,8 +97,8 @@ def check_group(
     count = len(weights)
     if biases is None:
         biases = [None] * count
-    lengths = [len(part) for part in (weights, lora_as, lora_bs, scalings, biases)]
-    if count == 0 or len(set(lengths)) != 1:
+    if not 0 < count == len(lora_as) == len(lora_bs) == len(scalings) == len(biases):
+        lengths = [len(part) for part in (weights, lora_as, lora_bs, scalings, biases)]
         raise ValueError(
             f"{where}: there are {lengths} weights, lora_as, lora_bs, scalings and biases; expected the same number, "
             "1 or more, of each; pass None for a bias that is not there"
@@ -107,18 +107,21 @@ def check_group(
         raise ValueError(f"{where}: dropout is {dropout}; expected a probability in [0, 1)")
     if x.dim() < 1:
         raise ValueError(f"{where}: x is a scalar; expected [..., K]")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
         weights = [weight.to(dtype) if isinstance(weight, Tensor) else weight for weight in weights]
     if x.dtype not in DTYPES:
         raise TypeError(f"{where}: x is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    adapters = [_stack(*adapter, where) for adapter in zip(lora_as, lora_bs, scalings, strict=True)]
-    for weight, (lora_a, lora_b, _), bias in zip(weights, adapters, biases, strict=True):
-        _check_sibling(where, x, weight, lora_a, lora_b, bias)
-    stacked_as, stacked_bs, factors = (list(part) for part in zip(*adapters, strict=True))
-    trained = [x, *weights, *stacked_as, *stacked_bs, *biases]
-    differentiated = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in trained)
+    stacked_as, stacked_bs, factors, trained = [], [], [], x.requires_grad
+    for i in range(count):
+        lora_a, lora_b, factor = _stack(lora_as[i], lora_bs[i], scalings[i], where)
+        trained |= _check_sibling(where, x, weights[i], lora_a, lora_b, biases[i])
+        stacked_as.append(lora_a)
+        stacked_bs.append(lora_b)
+        factors.append(factor)
+    differentiated = trained and torch.is_grad_enabled()
     return Call(x, list(weights), stacked_as, stacked_bs, factors, list(biases), float(dropout), differentiated)
 
 
@@ -136,11 +139,14 @@ def _stack(lora_a: Factors, lora_b: Factors, scaling: Scaling, where: str) -> tu
     return torch.cat(list(lora_a)), torch.cat([b * s for b, s in zip(lora_b, scaling, strict=True)], 1), 1.0
 
 
-def _check_sibling(where: str, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-    if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{where}: weight is {list(weight.shape)} but x {list(x.shape)}; expected [N, {x.shape[-1]}]")
-    rows, columns = weight.shape
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+def _check_sibling(where: str, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
+    """Raises if they do not belong together; returns whether one of them is trained."""
+    columns, device = x.shape[-1], x.device
+    dense = isinstance(weight, Tensor)
+    if len(weight.shape) != 2 or weight.shape[1] != columns:
+        raise ValueError(f"{where}: weight is {list(weight.shape)} but x {list(x.shape)}; expected [N, {columns}]")
+    rows = weight.shape[0]
+    if dense and weight.dtype != x.dtype:
         raise TypeError(
             f"{where}: x is {x.dtype} and weight is {weight.dtype}; expected one dtype; cast one, or call under "
             "torch.autocast"
@@ -157,12 +163,18 @@ def _check_sibling(where: str, x: Tensor, weight: Weight, lora_a: Tensor, lora_b
         )
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"{where}: bias is {list(bias.shape)}; expected [N] = [{rows}]")
-    named = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{where}: {name} is on {tensor.device} but x on {x.device}; move one")
-        if name != "weight" and tensor is not None and not tensor.dtype.is_floating_point:
+    if weight.device != device:
+        raise ValueError(f"{where}: weight is on {weight.device} but x on {device}; move one")
+    trained = dense and weight.requires_grad
+    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{where}: {name} is on {tensor.device} but x on {device}; move one")
+        if not tensor.is_floating_point():
             raise TypeError(f"{where}: {name} is {tensor.dtype}; expected a floating dtype")
+        trained |= tensor.requires_grad
+    return trained
 
 
 def check(
@@ -183,16 +195,35 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 
 def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    if not all(isinstance(weight, Tensor) for weight in call.weights):
+    x, weights = call.x, call.weights
+    if not all(isinstance(weight, Tensor) for weight in weights):
         return None
-    rows, columns = call.x.shape[:-1].numel(), sum(weight.shape[0] for weight in call.weights)
-    if products.is_slow(call.x.dtype, rows, grad=call.differentiated):
-        size, least, what = call.x.numel() * columns, CPU_PRODUCT_CROSSOVER, "rows · K · N"
-    elif rows < CPU_ROWS:
-        size, least, what = rows, CPU_ROWS, "the number of rows"
+    rows = x.numel() // max(x.shape[-1], 1)
+    slow = products.is_slow(x.dtype, rows, grad=call.differentiated)
+    if rows < CPU_ROWS and not slow:
+        return "with few rows the reference is as fast"
+    columns = sum(weight.shape[0] for weight in weights)
+    if slow:
+        size, least, what = x.numel() * columns, CPU_PRODUCT_CROSSOVER, "rows · K · N"
     else:
         size, least, what = rows * columns, CPU_CROSSOVER[call.differentiated], "rows · N"
     return f"{what} is {size}; below {least} the reference is as fast" if size < least else None
+
+
+def _is_small(
+    x: Tensor, weight: Weight, lora_a: Factors, lora_b: Factors, scaling: Scaling, bias: Tensor | None, backend: Any
+) -> bool:
+    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    return (
+        backends.plain((x, weight, lora_a, lora_b, bias), backend)
+        and isinstance(scaling, float)
+        and 0 < x.dim()
+        and x.numel() < CPU_ROWS * x.shape[-1]
+        # What broadcasting would let pass.
+        and weight.dim() == lora_a.dim() == 2
+        and lora_b.shape == (weight.shape[0], lora_a.shape[0] or 1)
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
 
 
 BACKENDS = (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64), Backend("reference"))
@@ -525,6 +556,12 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1.
     """
+    if not dropout and _is_small(x, weight, lora_a, lora_b, scaling, bias, backend):
+        try:
+            return reference(x, weight, lora_a, lora_b, scaling, bias)
+        except RuntimeError:
+            check(x, weight, lora_a, lora_b, scaling, bias)  # says what is wrong
+            raise
     call = check(x, weight, lora_a, lora_b, scaling, bias, dropout)
     return _run(call, OP.select(call, backends.machine(call.device), backend))[0]
 
