@@ -209,22 +209,17 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
 
 
 def plain(tensors: tuple[Tensor | None, ...], backend: str | None) -> bool:
-    """Whether nothing but their sizes can keep PyTorch's own ops from being the best for a call with these tensors.
+    """Whether these are floating tensors on the CPU, no backend is asked for and autocast is off.
 
-    They are on the CPU, all fp32 or all fp64, no backend is asked for and autocast is off. An op may then take its
-    reference for a small call at once: reading its own code from memory, for a check and a selection, costs more
-    (30 to 70 us where a large weight has emptied the caches) than a small call can win back.
+    An op may then take its reference for a small call at once: reading its own code from memory, for a check and a
+    selection, costs more (30 to 70 us where a large weight has emptied the caches) than a small call can win back.
     """
-    if backend or _requested or _DEFAULT:
+    if backend or _requested or _DEFAULT or torch.is_autocast_enabled("cpu"):
         return False
-    dtype = None
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_cpu or tensor.dtype != (dtype or tensor.dtype):
+        if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.is_floating_point()):
             return False
-        dtype = tensor.dtype
-    return (dtype == torch.float32 or dtype == torch.float64) and not torch.is_autocast_enabled("cpu")
+    return True
 
 
 def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]) -> Any:

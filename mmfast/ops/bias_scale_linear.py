@@ -43,8 +43,8 @@ def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | No
     Returns:
         [..., N] in the dtype of x.
 
-    Numerics: the product, with a bias of its dtype, is rounded to the dtype of x. Another bias and the scale act in the wider of their dtypes and that of x,
-    fp32 as a rule, and what comes of it is rounded to the dtype of x once.
+    Numerics: the product, with a bias of its dtype, is rounded to the dtype of x. Another bias and the scale act in the
+    wider of their dtypes and that of x, fp32 as a rule, and what comes of it is rounded to the dtype of x once.
 
     Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), equation 1; Lightning-AI/litgpt, litgpt/adapter_v2.py:57;
     OpenGVLab/LLaMA-Adapter, llama_adapter_v2_chat65b/llama/model.py:77-83.
@@ -152,19 +152,22 @@ def _cpu_avoids(call: Call, machine: Machine) -> str | None:
 
 
 def _is_small(
-    x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
+    x: Tensor, weight: Any, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
 ) -> bool:
     """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
     if not backends.plain((x, weight, bias, scale), backend) or x.dim() == 0 or weight.dim() != 2:
         return False
-    # Without a scale the reference is best at any size. Vectors are compared because broadcasting would let them pass.
     columns, features = weight.shape
-    if scale is None:
-        return scale_on == "none" and (bias is None or bias.shape == (columns,))
-    if scale_on not in CPU_CROSSOVER or scale_on == "none":
+    rows = x.numel() // max(features, 1)
+    if x.dtype != weight.dtype or products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()):
         return False
-    size, scaled = (x.numel(), features) if scale_on == "input" else (x.numel() // max(features, 1) * columns, columns)
-    return size < CPU_CROSSOVER[scale_on] and scale.shape == (scaled,) and (bias is None or bias.shape == (columns,))
+    # Without a scale the reference is best at any size. Vectors are compared because broadcasting would let them pass.
+    if bias is not None and bias.shape != (columns,):
+        return False
+    if scale is None or scale_on == "none":
+        return scale is None and scale_on == "none" and (bias is None or bias.dtype == x.dtype)
+    size, scaled = (x.numel(), features) if scale_on == "input" else (rows * columns, columns)
+    return size < CPU_CROSSOVER.get(scale_on, 0) and scale.shape == (scaled,)
 
 
 OP = Op(

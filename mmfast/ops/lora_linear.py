@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,11 +142,10 @@ def _stack(lora_a: Factors, lora_b: Factors, scaling: Scaling, where: str) -> tu
 def _check_sibling(where: str, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> bool:
     """Raises if they do not belong together; returns whether one of them is trained."""
     columns, device = x.shape[-1], x.device
-    dense = isinstance(weight, Tensor)
     if len(weight.shape) != 2 or weight.shape[1] != columns:
         raise ValueError(f"{where}: weight is {list(weight.shape)} but x {list(x.shape)}; expected [N, {columns}]")
     rows = weight.shape[0]
-    if dense and weight.dtype != x.dtype:
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise TypeError(
             f"{where}: x is {x.dtype} and weight is {weight.dtype}; expected one dtype; cast one, or call under "
             "torch.autocast"
@@ -165,7 +164,7 @@ def _check_sibling(where: str, x: Tensor, weight: Weight, lora_a: Tensor, lora_b
         raise ValueError(f"{where}: bias is {list(bias.shape)}; expected [N] = [{rows}]")
     if weight.device != device:
         raise ValueError(f"{where}: weight is on {weight.device} but x on {device}; move one")
-    trained = dense and weight.requires_grad
+    trained = isinstance(weight, Tensor) and weight.requires_grad
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
         if tensor is None:
             continue
@@ -211,15 +210,17 @@ def _cpu_avoids(call: Call, machine: Machine) -> str | None:
 
 
 def _is_small(
-    x: Tensor, weight: Weight, lora_a: Factors, lora_b: Factors, scaling: Scaling, bias: Tensor | None, backend: Any
+    x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Scaling, bias: Tensor | None, backend: str | None
 ) -> bool:
     """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    if not backends.plain((x, weight, lora_a, lora_b, bias), backend) or x.dim() == 0 or not isinstance(scaling, float):
+        return False
+    rows = x.numel() // max(x.shape[-1], 1)
     return (
-        backends.plain((x, weight, lora_a, lora_b, bias), backend)
-        and isinstance(scaling, float)
-        and 0 < x.dim()
-        and x.numel() < CPU_ROWS * x.shape[-1]
-        # What broadcasting would let pass.
+        rows < CPU_ROWS
+        and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())
+        # What broadcasting and casts would let pass.
+        and weight.dtype == x.dtype
         and weight.dim() == lora_a.dim() == 2
         and lora_b.shape == (weight.shape[0], lora_a.shape[0] or 1)
         and (bias is None or bias.shape == weight.shape[:1])
@@ -558,7 +559,7 @@ def lora_linear(
     """
     if not dropout and _is_small(x, weight, lora_a, lora_b, scaling, bias, backend):
         try:
-            return reference(x, weight, lora_a, lora_b, scaling, bias)
+            return reference(x, weight, cast(Tensor, lora_a), cast(Tensor, lora_b), cast(float, scaling), bias)
         except RuntimeError:
             check(x, weight, lora_a, lora_b, scaling, bias)  # says what is wrong
             raise
