@@ -169,7 +169,7 @@ def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
 def cast_rows(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """16 bits where the CPU has no instructions for them, so that PyTorch's own linear is no measure of anything.
 
-    It is measured against the plain linear made in fp32 from tensors cast, which takes 16 MiB more.
+    It is measured against the plain linear made in fp32 from tensors cast.
     """
     t = tensors(case, options.device)
     found: dict[str, Run] = {

@@ -11,7 +11,7 @@ namespace mmfast {
 // Returns the mask's address, null without a mask.
 inline const bool* check_pool(const TensorView& features, const TensorView& pooled,
                               const std::optional<TensorView>& frame_mask) {
-  const std::string op = "spatio_temporal_pool: ";
+  const char* const op = "spatio_temporal_pool: ";
   check(features.dim() == 4 && (features.size(3) <= 1 || features.stride(3) == 1),
         op, "features are ", features, "; expected [B, T, N, D] with stride 1 in the last dimension");
   check(pooled.dim() == 3 && pooled.size(1) >= features.size(1) + features.size(2),

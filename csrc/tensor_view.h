@@ -7,7 +7,6 @@
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace mmfast {
@@ -60,7 +59,8 @@ struct TensorView {
   // Raises unless the view has this dtype and shape and its elements are packed.
   void expect(const char* name, DType wanted, std::initializer_list<int64_t> wanted_shape) const {
     const bool fits = std::equal(shape.begin(), shape.end(), wanted_shape.begin(), wanted_shape.end());
-    if (dtype != wanted || !fits) check(false, name, " is ", *this, "; expected ", TensorView{nullptr, wanted, wanted_shape, {}});
+    if (dtype != wanted || !fits)
+      check(false, name, " is ", *this, "; expected ", TensorView{nullptr, wanted, wanted_shape, {}});
     check(is_contiguous(), name, " must be contiguous");
   }
 

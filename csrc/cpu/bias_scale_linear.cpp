@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "../tensor_view.h"
@@ -117,8 +116,8 @@ void for_each_tile(int64_t rows, int64_t columns, int threads, F run) {
 
 const TensorView& check_matrix(const char* name, const TensorView& view, int64_t rows, int64_t columns) {
   check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),
-        "bias_scale_linear: ", name, " is ", view, "; expected [", rows,
-            ", ", columns, "] with stride 1 in the last dimension");
+        "bias_scale_linear: ", name, " is ", view, "; expected [", rows, ", ", columns,
+        "] with stride 1 in the last dimension");
   return view;
 }
 
@@ -219,8 +218,8 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
   const DType z_dtype = z ? z->dtype : other, out_dtype = out ? out->dtype : other;
   check(z_dtype == other && (grad.dtype == other || out_dtype == other) &&
             (out_dtype == other || out_dtype == DType::f32),
-        "bias_scale_linear: grad is ", name_of(grad.dtype), ", z ", name_of(z_dtype), " and out ",
-            name_of(out_dtype), "; expected one dtype, or float32 for grad or out");
+        "bias_scale_linear: grad is ", name_of(grad.dtype), ", z ", name_of(z_dtype), " and out ", name_of(out_dtype),
+        "; expected one dtype, or float32 for grad or out");
   with_scalar(other, [&](auto scalar) {
     if (grad.dtype != other) return run(float{}, scalar, scalar);
     if (out_dtype != other) return run(scalar, scalar, float{});

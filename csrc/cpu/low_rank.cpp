@@ -6,7 +6,6 @@
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 
 #include "../tensor_view.h"
@@ -133,8 +132,7 @@ MMFAST_CLONES void expand(const float* s, const Lanes* tiles, int64_t ranks, flo
 
 void expect_matrix(const char* name, const TensorView& x, int64_t rows, int64_t columns, bool packed) {
   check(x.dtype == DType::f32 && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
-        name, " is ", x, "; expected float32[", rows, ", ",
-            columns, "]");
+        name, " is ", x, "; expected float32[", rows, ", ", columns, "]");
   check(!packed || columns <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension");
 }
 

@@ -7,7 +7,6 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <string>
 #include <type_traits>
 
 #include "../tensor_view.h"
@@ -498,7 +497,7 @@ void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t l
   const int64_t columns = 2 * weight[0].size(1), begin = first * columns, count = (last - first) * columns;
   check(0 <= first && first <= last && last <= weight[0].size(0) && begin % BLOCK == 0,
         "nf4: rows ", first, " to ", last, " of packed ", weight[0],
-            "; expected rows of it, the first at the start of a block");
+        "; expected rows of it, the first at the start of a block");
   out.expect("out", out.dtype, {last - first, columns});
   const uint8_t* packed = weight[0].as<uint8_t>() + begin / 2;
   const int64_t blocks = count / BLOCK, rest = count % BLOCK;

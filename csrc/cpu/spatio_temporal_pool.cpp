@@ -4,7 +4,6 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <string>
 
 #include <omp.h>
 

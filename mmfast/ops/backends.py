@@ -222,6 +222,15 @@ def plain(tensors: tuple[Tensor | None, ...], backend: str | None) -> bool:
     return True
 
 
+def checked_late(reference: Callable[..., Any], check: Callable[..., Any], *arguments: Any) -> Any:
+    """`reference(*arguments)`; where PyTorch's ops refuse them, `check` says what is wrong in the op's own words."""
+    try:
+        return reference(*arguments)
+    except RuntimeError:
+        check(*arguments)
+        raise
+
+
 def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]) -> Any:
     """Registers `mmfast::<name>`, whose implementation is picked by its last argument, `str backend`.
 
@@ -234,7 +243,7 @@ def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[st
     Returns:
         The op, to be called with `backend` last; its first argument is a tensor or a list of some. Where nothing
         listens to the dispatcher (compilation, a dispatch mode, functorch, a tensor without memory or of another
-        class), it calls the implementation straight: on a CPU that saves 20 to 40 us of the host's time.
+        class), it calls the implementation straight: on a CPU that saves 17 to 38 us of the host's time.
     """
     arguments, result = schema.rsplit("->", 1)
     arguments = arguments.rstrip().removesuffix(")")
@@ -256,6 +265,9 @@ def define(name: str, schema: str, fake: Callable[..., Any], kernels: Mapping[st
     return call
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _overheard(argument: Tensor | Sequence[Tensor]) -> bool:
     """Whether a call must go through PyTorch's dispatcher, because somebody listens there."""
     tensor = argument if isinstance(argument, Tensor) else argument[0]
@@ -265,6 +277,3 @@ def _overheard(argument: Tensor | Sequence[Tensor]) -> bool:
         or type(tensor) not in _PLAIN
         or not (tensor.is_cpu or tensor.is_cuda)
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)

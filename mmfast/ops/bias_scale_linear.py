@@ -161,9 +161,10 @@ def _is_small(
     rows = x.numel() // max(features, 1)
     if x.dtype != weight.dtype or products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()):
         return False
-    # Without a scale the reference is best at any size. Vectors are compared because broadcasting would let them pass.
+    # Vectors of wrong sizes are left to the check: broadcasting could let them pass.
     if bias is not None and bias.shape != (columns,):
         return False
+    # Without a scale the reference is best at any size.
     if scale is None or scale_on == "none":
         return scale is None and scale_on == "none" and (bias is None or bias.dtype == x.dtype)
     size, scaled = (x.numel(), features) if scale_on == "input" else (rows * columns, columns)
@@ -468,11 +469,7 @@ def bias_scale_linear(
     Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), and its code: see `reference`.
     """
     if _is_small(x, weight, bias, scale, scale_on, backend):
-        try:
-            return reference(x, weight, bias, scale, scale_on)
-        except RuntimeError:
-            check(x, weight, bias, scale, scale_on)  # says what is wrong
-            raise
+        return backends.checked_late(reference, check, x, weight, bias, scale, scale_on)
     call = check(x, weight, bias, scale, scale_on)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

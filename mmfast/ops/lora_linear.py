@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,16 +194,13 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 
 def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    x, weights = call.x, call.weights
-    if not all(isinstance(weight, Tensor) for weight in weights):
+    if not all(isinstance(weight, Tensor) for weight in call.weights):
         return None
-    rows = x.numel() // max(x.shape[-1], 1)
-    slow = products.is_slow(x.dtype, rows, grad=call.differentiated)
-    if rows < CPU_ROWS and not slow:
-        return "with few rows the reference is as fast"
-    columns = sum(weight.shape[0] for weight in weights)
-    if slow:
-        size, least, what = x.numel() * columns, CPU_PRODUCT_CROSSOVER, "rows · K · N"
+    rows, columns = call.x.shape[:-1].numel(), sum(weight.shape[0] for weight in call.weights)
+    if products.is_slow(call.x.dtype, rows, grad=call.differentiated):
+        size, least, what = call.x.numel() * columns, CPU_PRODUCT_CROSSOVER, "rows · K · N"
+    elif rows < CPU_ROWS:
+        size, least, what = rows, CPU_ROWS, "the number of rows"
     else:
         size, least, what = rows * columns, CPU_CROSSOVER[call.differentiated], "rows · N"
     return f"{what} is {size}; below {least} the reference is as fast" if size < least else None
@@ -558,11 +555,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1.
     """
     if not dropout and _is_small(x, weight, lora_a, lora_b, scaling, bias, backend):
-        try:
-            return reference(x, weight, cast(Tensor, lora_a), cast(Tensor, lora_b), cast(float, scaling), bias)
-        except RuntimeError:
-            check(x, weight, lora_a, lora_b, scaling, bias)  # says what is wrong
-            raise
+        return backends.checked_late(reference, check, x, weight, lora_a, lora_b, scaling, bias)
     call = check(x, weight, lora_a, lora_b, scaling, bias, dropout)
     return _run(call, OP.select(call, backends.machine(call.device), backend))[0]
 
