@@ -7,24 +7,18 @@
 #include <vector>
 
 #include "../tensor_view.h"
+#include "matrix.h"
 #include "scalars.h"
 
 namespace mmfast {
 namespace {
 
+constexpr const char* OP = "bias_scale_linear";
+
 // Columns that pass together: their bias, scale and sums (16 KiB) stay in L1 while the rows go by.
 constexpr int64_t WIDTH = 1024;
 // Rows whose sums make one part. The parts are added in order, so that no sum depends on the number of threads.
 constexpr int64_t ROWS = 256;
-
-template <typename T>
-struct Matrix {
-  T* data;  // null: there is none
-  int64_t stride;
-
-  Matrix at(int64_t row, int64_t column) const { return {data ? data + row * stride + column : nullptr, stride}; }
-  T* row(int64_t i) const { return data + i * stride; }
-};
 
 template <typename Z, typename Y>
 MMFAST_INLINE void forward(Matrix<Z> z, const float* bias, const float* scale, Matrix<Y> y, int64_t rows,
@@ -104,21 +98,13 @@ MMFAST_ALL(Bfloat16)
 // Calls run(first row, rows, first column, columns) for each tile, on as many threads as are worth it.
 template <typename F>
 void for_each_tile(int64_t rows, int64_t columns, int threads, F run) {
-  constexpr int64_t elements_per_thread = 1 << 15;
-  threads = static_cast<int>(std::clamp<int64_t>(rows * columns / elements_per_thread, 1, threads));
+  threads = worthwhile_threads(rows * columns, threads);
   const int64_t blocks = (rows + ROWS - 1) / ROWS, slices = (columns + WIDTH - 1) / WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < blocks * slices; ++i) {
     const int64_t row = i / slices * ROWS, column = i % slices * WIDTH;
     run(row, std::min(ROWS, rows - row), column, std::min(WIDTH, columns - column));
   }
-}
-
-const TensorView& check_matrix(const char* name, const TensorView& view, int64_t rows, int64_t columns) {
-  check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),
-        "bias_scale_linear: ", name, " is ", view, "; expected [", rows, ", ", columns,
-        "] with stride 1 in the last dimension");
-  return view;
 }
 
 // A vector of the op's columns; where there is none, `absent` in each.
@@ -137,27 +123,6 @@ struct Vector {
   }
 };
 
-template <typename T>
-Matrix<T> matrix(const TensorView& view) {
-  return {view.as<T>(), view.stride(0)};
-}
-
-template <typename T>
-Matrix<T> matrix(const std::optional<TensorView>& view) {
-  return view ? matrix<T>(*view) : Matrix<T>{nullptr, 0};
-}
-
-// Calls run with a value of the C++ type that stands for `dtype`.
-template <typename F>
-void with_scalar(DType dtype, F run) {
-  switch (dtype) {
-    case DType::f32: return run(float{});
-    case DType::f16: return run(Float16{});
-    case DType::bf16: return run(Bfloat16{});
-    default: check(false, "bias_scale_linear: no kernel for ", name_of(dtype));
-  }
-}
-
 }  // namespace
 
 // y = (z + bias) · scale; z, y [M, N] of one dtype, or one of them f32; bias, scale [N] f32. y may be z.
@@ -165,8 +130,8 @@ void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std
                                TensorView y, int threads) {
   check(z.dim() == 2, "bias_scale_linear: z is ", z, "; expected two dimensions");
   const int64_t rows = z.size(0), columns = z.size(1);
-  check_matrix("z", z, rows, columns);
-  check_matrix("y", y, rows, columns);
+  check_matrix(OP, "z", z, rows, columns);
+  check_matrix(OP, "y", y, rows, columns);
   check(z.dtype == y.dtype || z.dtype == DType::f32 || y.dtype == DType::f32,
         "bias_scale_linear: z is ", z, " and y ", y, "; expected one dtype, or one float32");
   const Vector b("bias", bias, columns, 0.0f), s("scale", scale, columns, 1.0f);
@@ -177,7 +142,7 @@ void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std
       forward_tile(from.at(row, column), b.data + column, s.data + column, to.at(row, column), height, width);
     });
   };
-  with_scalar(z.dtype == DType::f32 ? y.dtype : z.dtype, [&](auto scalar) {
+  with_scalar(OP, z.dtype == DType::f32 ? y.dtype : z.dtype, [&](auto scalar) {
     if (z.dtype == y.dtype) return run(scalar, scalar);
     if (z.dtype == DType::f32) return run(float{}, scalar);
     run(scalar, float{});
@@ -193,9 +158,9 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
                                int threads) {
   check(grad.dim() == 2, "bias_scale_linear: grad is ", grad, "; expected two dimensions");
   const int64_t rows = grad.size(0), columns = grad.size(1);
-  check_matrix("grad", grad, rows, columns);
-  if (z) check_matrix("z", *z, rows, columns);
-  if (out) check_matrix("out", *out, rows, columns);
+  check_matrix(OP, "grad", grad, rows, columns);
+  if (z) check_matrix(OP, "z", *z, rows, columns);
+  if (out) check_matrix(OP, "out", *out, rows, columns);
   check(z.has_value() == grad_scale.has_value(), "bias_scale_linear: grad_scale and z come together");
   if (grad_bias) grad_bias->expect("grad_bias", DType::f32, {columns});
   if (grad_scale) grad_scale->expect("grad_scale", DType::f32, {columns});
@@ -220,7 +185,7 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
             (out_dtype == other || out_dtype == DType::f32),
         "bias_scale_linear: grad is ", name_of(grad.dtype), ", z ", name_of(z_dtype), " and out ", name_of(out_dtype),
         "; expected one dtype, or float32 for grad or out");
-  with_scalar(other, [&](auto scalar) {
+  with_scalar(OP, other, [&](auto scalar) {
     if (grad.dtype != other) return run(float{}, scalar, scalar);
     if (out_dtype != other) return run(scalar, scalar, float{});
     run(scalar, scalar, scalar);

@@ -192,16 +192,12 @@ class Steps(NamedTuple):
     read_grad: Callable[..., None]
 
 
-def _view(tensor: Tensor | None) -> extension.View | None:
-    return None if tensor is None else extension.view(tensor)
-
-
 def _apply_cpu(*tensors: Tensor | None) -> None:
-    extension.module().bias_scale_linear_fwd_cpu(*map(_view, tensors), torch.get_num_threads())
+    extension.module().bias_scale_linear_fwd_cpu(*map(extension.optional_view, tensors), torch.get_num_threads())
 
 
 def _read_grad_cpu(*tensors: Tensor | None) -> None:
-    extension.module().bias_scale_linear_bwd_cpu(*map(_view, tensors), torch.get_num_threads())
+    extension.module().bias_scale_linear_bwd_cpu(*map(extension.optional_view, tensors), torch.get_num_threads())
 
 
 def _apply_triton(z: Tensor, *tensors: Tensor | None) -> None:

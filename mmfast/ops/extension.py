@@ -56,7 +56,12 @@ def module() -> ModuleType:
 
 def view(tensor: torch.Tensor) -> View:
     """What C++ takes for a tensor: (address, dtype code, shape, strides in elements)."""
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def optional_view(tensor: torch.Tensor | None) -> View | None:
+    """`view` of a tensor that may be absent."""
+    return None if tensor is None else view(tensor)
 
 
 def stream(device: torch.device) -> int:

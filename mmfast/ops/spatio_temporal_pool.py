@@ -146,7 +146,7 @@ def _fwd_cpu(features: Tensor, frame_mask: Tensor | None, num_temporal_tokens: i
     batch, _, patches, channels = features.shape
     pooled = torch.empty((batch, num_temporal_tokens + patches, channels), dtype=features.dtype)
     extension.module().spatio_temporal_pool_fwd_cpu(
-        extension.view(features), _view(frame_mask), extension.view(pooled), torch.get_num_threads()
+        extension.view(features), extension.optional_view(frame_mask), extension.view(pooled), torch.get_num_threads()
     )
     return pooled
 
@@ -156,7 +156,10 @@ def _bwd_cpu(grad_pooled: Tensor, frame_mask: Tensor | None, frames: int, patche
     grad_pooled = grad_pooled.contiguous()
     grad_features = torch.empty((batch, frames, patches, channels), dtype=grad_pooled.dtype)
     extension.module().spatio_temporal_pool_bwd_cpu(
-        extension.view(grad_pooled), _view(frame_mask), extension.view(grad_features), torch.get_num_threads()
+        extension.view(grad_pooled),
+        extension.optional_view(frame_mask),
+        extension.view(grad_features),
+        torch.get_num_threads(),
     )
     return grad_features
 
@@ -173,7 +176,7 @@ def _fwd_cuda(features: Tensor, frame_mask: Tensor | None, num_temporal_tokens: 
         spatial = torch.empty((batch, chunks * split, patches, channels), device=device)
         kernels.spatio_temporal_pool_fwd_cuda(
             extension.view(features),
-            _view(frame_mask),
+            extension.optional_view(frame_mask),
             extension.view(pooled),
             extension.view(temporal),
             extension.view(spatial),
@@ -190,15 +193,11 @@ def _bwd_cuda(grad_pooled: Tensor, frame_mask: Tensor | None, frames: int, patch
         grad_features = torch.empty(shape, dtype=grad_pooled.dtype, device=grad_pooled.device)
         extension.module().spatio_temporal_pool_bwd_cuda(
             extension.view(grad_pooled),
-            _view(frame_mask),
+            extension.optional_view(frame_mask),
             extension.view(grad_features),
             extension.stream(grad_pooled.device),
         )
     return grad_features
-
-
-def _view(tensor: Tensor | None) -> extension.View | None:
-    return None if tensor is None else extension.view(tensor)
 
 
 def _fwd_triton(features: Tensor, frame_mask: Tensor | None, num_temporal_tokens: int) -> Tensor:

@@ -1,0 +1,55 @@
+// Matrices of any float dtype whose rows are packed, and the choice of a C++ type by a dtype.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "../tensor_view.h"
+#include "scalars.h"
+
+namespace mmfast {
+
+template <typename T>
+struct Matrix {
+  T* data;  // null: there is none
+  int64_t stride;
+
+  Matrix at(int64_t row, int64_t column) const { return {data ? data + row * stride + column : nullptr, stride}; }
+  T* row(int64_t i) const { return data + i * stride; }
+};
+
+template <typename T>
+Matrix<T> matrix(const TensorView& view) {
+  return {view.as<T>(), view.stride(0)};
+}
+
+template <typename T>
+Matrix<T> matrix(const std::optional<TensorView>& view) {
+  return view ? matrix<T>(*view) : Matrix<T>{nullptr, 0};
+}
+
+// Raises unless the view is [rows, columns] with packed rows; `op` and `name` say whose it is.
+inline void check_matrix(const char* op, const char* name, const TensorView& view, int64_t rows, int64_t columns) {
+  check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),
+        op, ": ", name, " is ", view, "; expected [", rows, ", ", columns, "] with stride 1 in the last dimension");
+}
+
+// Calls run with a value of the C++ type that stands for `dtype`.
+template <typename F>
+void with_scalar(const char* op, DType dtype, F run) {
+  switch (dtype) {
+    case DType::f32: return run(float{});
+    case DType::f16: return run(Float16{});
+    case DType::bf16: return run(Bfloat16{});
+    default: check(false, op, ": no kernel for ", name_of(dtype));
+  }
+}
+
+// How many of `threads` are worth starting for a pass over so many elements.
+inline int worthwhile_threads(int64_t elements, int threads) {
+  constexpr int64_t elements_per_thread = 1 << 15;
+  return static_cast<int>(std::clamp<int64_t>(elements / elements_per_thread, 1, threads));
+}
+
+}  // namespace mmfast
