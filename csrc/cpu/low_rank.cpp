@@ -15,23 +15,32 @@ namespace mmfast {
 namespace {
 
 constexpr int64_t LANES = 16;  // ranks, or columns, that are worked on together
-constexpr int ROWS = 6;        // rows whose sums stay in registers
 // So many products are added up before they join the sum, so that its error does not grow with its length.
-constexpr int64_t RUN = 256;
+constexpr int64_t RUN = 240;
+constexpr int MOST_ROWS = 12;  // of all Kernels
 
 // 16 numbers in two registers of AVX2. (One vector of 64 bytes would live in memory there.)
-struct Lanes {
+struct Halves {
   using Half = float __attribute__((vector_size(32), aligned(4), may_alias));
   Half low, high;
 
-  MMFAST_INLINE void add(float x, const Lanes& y) {
+  MMFAST_INLINE void add(float x, const Halves& y) {
     low += x * y.low;
     high += x * y.high;
   }
-  MMFAST_INLINE void add(const Lanes& y) {
+  MMFAST_INLINE void add(const Halves& y) {
     low += y.low;
     high += y.high;
   }
+};
+
+// 16 numbers in one register of AVX-512.
+struct Whole {
+  using Vector = float __attribute__((vector_size(64), aligned(4), may_alias));
+  Vector all;
+
+  MMFAST_INLINE void add(float x, const Whole& y) { all += x * y.all; }
+  MMFAST_INLINE void add(const Whole& y) { all += y.all; }
 };
 
 // Calls are written out for each row, so that the sums of rows are known to be registers.
@@ -64,70 +73,121 @@ std::unique_ptr<float[]> pack(const Strided& factors, int64_t ranks, int64_t col
   return packed;
 }
 
-// sums[i] = Σ_j x[i, j] tile[j] for the rows I of x.
-template <int... I>
-MMFAST_INLINE void project_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const Lanes* tile,
-                                int64_t columns, Lanes* sums) {
+// sums[i] += Σ_j x[i, j] tile[j] for the rows I of x.
+template <typename L, int... I>
+MMFAST_INLINE void project_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const L* tile,
+                                int64_t columns, L* sums) {
   for (int64_t start = 0; start < columns; start += RUN) {
-    Lanes sum[sizeof...(I)] = {};
+    L sum[sizeof...(I)] = {};
     for (int64_t j = start; j < std::min(start + RUN, columns); ++j) {
-      const Lanes factor = tile[j];
+      const L factor = tile[j];
       (sum[I].add(x[I * stride + j], factor), ...);
     }
     (sums[I].add(sum[I]), ...);
   }
 }
 
-MMFAST_CLONES void project(const float* x, int64_t stride, const Lanes* tile, int64_t columns, int64_t count,
-                           Lanes* sums) {
-  if (count == ROWS) return project_rows(Each<ROWS>(), x, stride, tile, columns, sums);
-  for (int64_t i = 0; i < count; ++i) project_rows(Each<1>(), x + i * stride, stride, tile, columns, sums + i);
-}
-
 // tile[j] += Σ_i x[i, j] s[i] for the rows I of x.
-template <int... I>
-MMFAST_INLINE void outer_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const Lanes* s,
-                              Lanes* tile, int64_t columns) {
-  const Lanes factor[] = {s[I]...};
+template <typename L, int... I>
+MMFAST_INLINE void outer_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const L* s, L* tile,
+                              int64_t columns) {
+  const L factor[] = {s[I]...};
   for (int64_t j = 0; j < columns; ++j) {
-    Lanes sum = tile[j];
+    L sum = tile[j];
     (sum.add(x[I * stride + j], factor[I]), ...);
     tile[j] = sum;
   }
 }
 
-MMFAST_CLONES void outer(const float* x, int64_t stride, const Lanes* s, Lanes* tile, int64_t columns,
-                         int64_t count) {
-  if (count == ROWS) return outer_rows(Each<ROWS>(), x, stride, s, tile, columns);
-  for (int64_t i = 0; i < count; ++i) outer_rows(Each<1>(), x + i * stride, stride, s + i, tile, columns);
-}
-
 // sums[i] = start + Σ_r s[i, r] tile[r] for the rows I.
-template <int... I>
-MMFAST_INLINE void expand_rows(std::integer_sequence<int, I...>, const float* s, const Lanes* tile, int64_t ranks,
-                               const Lanes& start, Lanes* sums) {
-  Lanes sum[sizeof...(I)] = {((void)I, start)...};
+template <typename L, int... I>
+MMFAST_INLINE void expand_rows(std::integer_sequence<int, I...>, const float* s, const L* tile, int64_t ranks,
+                               const L& start, L* sums) {
+  L sum[sizeof...(I)] = {((void)I, start)...};
   for (int64_t r = 0; r < ranks; ++r) {
-    const Lanes factor = tile[r];
+    const L factor = tile[r];
     (sum[I].add(s[I * ranks + r], factor), ...);
   }
   ((sums[I] = sum[I]), ...);
 }
 
-// s [count, ranks]; tiles [columns / 16, ranks + 1, 16], of which the last row of each is where the sums start.
-MMFAST_CLONES void expand(const float* s, const Lanes* tiles, int64_t ranks, float* out, int64_t out_stride,
-                          int64_t columns, int64_t count) {
-  for (int64_t j = 0; j < columns; j += LANES, tiles += ranks + 1) {
-    Lanes sums[ROWS];
-    if (count == ROWS)
-      expand_rows(Each<ROWS>(), s, tiles, ranks, tiles[ranks], sums);
-    else
-      for (int64_t i = 0; i < count; ++i) expand_rows(Each<1>(), s + i * ranks, tiles, ranks, tiles[ranks], sums + i);
-    if (j + LANES <= columns)
-      for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, sizeof(Lanes));
-    else
-      for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, (columns - j) * sizeof(float));
+// The loops for `count` rows: ROWS at once, or fewer one by one.
+template <typename L, int ROWS>
+struct Loops {
+  MMFAST_INLINE static void project(const float* x, int64_t stride, const float* tile, int64_t columns, int64_t count,
+                                    float* sums) {
+    const auto* from = reinterpret_cast<const L*>(tile);
+    auto* to = reinterpret_cast<L*>(sums);
+    if (count == ROWS) return project_rows(Each<ROWS>(), x, stride, from, columns, to);
+    for (int64_t i = 0; i < count; ++i) project_rows(Each<1>(), x + i * stride, stride, from, columns, to + i);
   }
+
+  MMFAST_INLINE static void outer(const float* x, int64_t stride, const float* s, float* tile, int64_t columns,
+                                  int64_t count) {
+    const auto* factors = reinterpret_cast<const L*>(s);
+    auto* to = reinterpret_cast<L*>(tile);
+    if (count == ROWS) return outer_rows(Each<ROWS>(), x, stride, factors, to, columns);
+    for (int64_t i = 0; i < count; ++i) outer_rows(Each<1>(), x + i * stride, stride, factors + i, to, columns);
+  }
+
+  // s [count, ranks]; tiles [columns / 16, ranks + 1, 16], of which the last row of each is where the sums start.
+  MMFAST_INLINE static void expand(const float* s, const float* tiles, int64_t ranks, float* out, int64_t out_stride,
+                                   int64_t columns, int64_t count) {
+    const auto* tile = reinterpret_cast<const L*>(tiles);
+    for (int64_t j = 0; j < columns; j += LANES, tile += ranks + 1) {
+      L sums[ROWS];
+      if (count == ROWS)
+        expand_rows(Each<ROWS>(), s, tile, ranks, tile[ranks], sums);
+      else
+        for (int64_t i = 0; i < count; ++i) expand_rows(Each<1>(), s + i * ranks, tile, ranks, tile[ranks], sums + i);
+      if (j + LANES <= columns)
+        for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, sizeof(L));
+      else
+        for (int64_t i = 0; i < count; ++i)
+          std::memcpy(out + i * out_stride + j, sums + i, (columns - j) * sizeof(float));
+    }
+  }
+};
+
+// The loops as they were compiled for one kind of CPU, and the rows that pass through them together.
+struct Kernels {
+  int rows;
+  decltype(&Loops<Halves, 1>::project) project;
+  decltype(&Loops<Halves, 1>::outer) outer;
+  decltype(&Loops<Halves, 1>::expand) expand;
+};
+
+#define MMFAST_KERNELS(NAME, LANES_TYPE, ROWS, TARGET)                                                              \
+  TARGET void project_##NAME(const float* x, int64_t stride, const float* tile, int64_t columns, int64_t count,     \
+                             float* sums) {                                                                         \
+    Loops<LANES_TYPE, ROWS>::project(x, stride, tile, columns, count, sums);                                      \
+  }                                                                                                                 \
+  TARGET void outer_##NAME(const float* x, int64_t stride, const float* s, float* tile, int64_t columns,            \
+                           int64_t count) {                                                                         \
+    Loops<LANES_TYPE, ROWS>::outer(x, stride, s, tile, columns, count);                                           \
+  }                                                                                                                 \
+  TARGET void expand_##NAME(const float* s, const float* tiles, int64_t ranks, float* out, int64_t out_stride,      \
+                            int64_t columns, int64_t count) {                                                       \
+    Loops<LANES_TYPE, ROWS>::expand(s, tiles, ranks, out, out_stride, columns, count);                            \
+  }                                                                                                                 \
+  constexpr Kernels NAME = {ROWS, project_##NAME, outer_##NAME, expand_##NAME};                                     \
+  static_assert(ROWS <= MOST_ROWS && RUN % ROWS == 0);
+
+MMFAST_KERNELS(baseline, Halves, 6, )
+#if defined(__x86_64__)
+MMFAST_KERNELS(avx2, Halves, 6, __attribute__((target("arch=x86-64-v3"))))
+MMFAST_KERNELS(avx512, Whole, 12, __attribute__((target("arch=x86-64-v4"))))
+#endif
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels& found = __builtin_cpu_supports("x86-64-v4")   ? avx512
+                                : __builtin_cpu_supports("x86-64-v3") ? avx2
+                                                                      : baseline;
+  return found;
+#else
+  return baseline;
+#endif
 }
 
 void expect_matrix(const char* name, const TensorView& x, int64_t rows, int64_t columns, bool packed) {
@@ -146,15 +206,16 @@ void low_rank_project(TensorView x, TensorView factors, float scale, TensorView 
   expect_matrix("out", out, rows, ranks, false);
   const auto packed = pack(strided(factors), ranks, columns, scale);
   const Strided target = strided(out);
+  const Kernels& loops = kernels();
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * ranks, threads))
-  for (int64_t first = 0; first < rows; first += ROWS) {
-    const int64_t count = std::min<int64_t>(ROWS, rows - first);
+  for (int64_t first = 0; first < rows; first += loops.rows) {
+    const int64_t count = std::min<int64_t>(loops.rows, rows - first);
     for (int64_t r = 0; r < ranks; r += LANES) {  // the rows of x come from cache after the first tile
-      Lanes sums[ROWS] = {};
-      project(x.as<float>() + first * x.stride(0), x.stride(0),
-              reinterpret_cast<const Lanes*>(packed.get() + r * columns), columns, count, sums);
+      float sums[MOST_ROWS][LANES] = {};
+      loops.project(x.as<float>() + first * x.stride(0), x.stride(0), packed.get() + r * columns, columns, count,
+                    sums[0]);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t k = 0; k < std::min(LANES, ranks - r); ++k) target.at(first + i, r + k) = reinterpret_cast<const float*>(sums + i)[k];
+        for (int64_t k = 0; k < std::min(LANES, ranks - r); ++k) target.at(first + i, r + k) = sums[i][k];
     }
   }
 }
@@ -176,16 +237,17 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
       packed[j / LANES * size + r * LANES + j % LANES] = source.at(r, j) * scale;
   for (int64_t j = 0; bias && j < columns; ++j)
     packed[j / LANES * size + ranks * LANES + j % LANES] = bias->as<float>()[j];
+  const Kernels& loops = kernels();
 #pragma omp parallel num_threads(threads_for(rows * columns * ranks, threads))
   {
-    const auto few = std::make_unique_for_overwrite<float[]>(ROWS * ranks);
+    const auto few = std::make_unique_for_overwrite<float[]>(loops.rows * ranks);
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < rows; first += ROWS) {
-      const int64_t count = std::min<int64_t>(ROWS, rows - first);
+    for (int64_t first = 0; first < rows; first += loops.rows) {
+      const int64_t count = std::min<int64_t>(loops.rows, rows - first);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t r = 0; r < ranks; ++r) few[i * ranks + r] = from.at(first + i, r);
-      expand(few.get(), reinterpret_cast<const Lanes*>(packed.get()), ranks, out.as<float>() + first * out.stride(0),
-             out.stride(0), columns, count);
+      loops.expand(few.get(), packed.get(), ranks, out.as<float>() + first * out.stride(0), out.stride(0), columns,
+                   count);
     }
   }
 }
@@ -196,26 +258,28 @@ void low_rank_outer(TensorView s, TensorView x, float scale, bool add, TensorVie
   expect_matrix("s", s, rows, ranks, false);
   expect_matrix("x", x, rows, columns, true);
   expect_matrix("out", out, ranks, columns, false);
-  constexpr int64_t WIDTH = 128;  // columns whose sums, 8 KiB, stay in L1 while all rows pass by
+  constexpr int64_t WIDTH = 256;  // columns whose sums, 16 KiB, stay near while all rows pass by
   const Strided from = strided(s), target = strided(out);
+  const Kernels& loops = kernels();
   const auto packed = pack({from.data, from.column, from.row}, ranks, rows, scale);
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * ranks, threads))
   for (int64_t start = 0; start < columns; start += WIDTH) {
     const int64_t width = std::min(WIDTH, columns - start);
     for (int64_t r = 0; r < ranks; r += LANES) {
-      Lanes sums[WIDTH] = {};
-      for (int64_t run = 0; run < rows; run += RUN / ROWS * ROWS) {
-        const int64_t last = std::min(rows, run + RUN / ROWS * ROWS);
-        Lanes part[WIDTH] = {};
-        for (int64_t first = run; first < last; first += ROWS)
-          outer(x.as<float>() + first * x.stride(0) + start, x.stride(0),
-                reinterpret_cast<const Lanes*>(packed.get() + r * rows) + first, part, width,
-                std::min<int64_t>(ROWS, last - first));
-        for (int64_t j = 0; j < width; ++j) sums[j].add(part[j]);
+      float sums[WIDTH][LANES] = {};
+      for (int64_t run = 0; run < rows; run += RUN) {
+        const int64_t last = std::min(rows, run + RUN);
+        float part[WIDTH][LANES] = {};
+        for (int64_t first = run; first < last; first += loops.rows)
+          loops.outer(x.as<float>() + first * x.stride(0) + start, x.stride(0),
+                      packed.get() + r * rows + first * LANES, part[0], width,
+                      std::min<int64_t>(loops.rows, last - first));
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t k = 0; k < LANES; ++k) sums[j][k] += part[j][k];
       }
       for (int64_t k = 0; k < std::min(LANES, ranks - r); ++k)
         for (int64_t j = 0; j < width; ++j)
-          target.at(r + k, start + j) = reinterpret_cast<const float*>(sums + j)[k] + (add ? target.at(r + k, start + j) : 0.0f);
+          target.at(r + k, start + j) = sums[j][k] + (add ? target.at(r + k, start + j) : 0.0f);
     }
   }
 }
