@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from mmfast.ops import backends, extension, quantized_linear, weights
+from mmfast.ops import backends, extension, products, quantized_linear, weights
 from mmfast.ops.backends import Backend, Machine, Op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,6 +43,8 @@ SMALLEST = 1e-38
 # Rows of x up to which decoding in registers is faster than dequantising and a dense product (CPU: two cores of a
 # Zen 3; Triton: not measured, the rows of one tensor-core tile).
 SMALL_ROWS = {"cpu": 16, "triton": 16, "cuda": 16, "reference": 0}
+# The same on a CPU with matrix instructions for 16-bit floats (two cores of an Intel Xeon with AMX).
+SMALL_ROWS_NATIVE = 12
 
 
 class NF4Weight(NamedTuple):
@@ -271,8 +273,9 @@ def small_linear(x: Tensor, tensors: list[Tensor], out: Tensor, backend: str, bi
 
 def takes_small(x: Tensor, tensors: list[Tensor], backend: str) -> bool:
     """Whether `small_linear` can run this and is the faster way."""
+    rows = SMALL_ROWS_NATIVE if products.multiplies_16_bit(x.dtype, backend) else SMALL_ROWS[backend]
     whole = backend == "cpu" or _shape(tensors)[1] % BLOCK == 0
-    return whole and x.shape[0] <= SMALL_ROWS[backend] and x.dtype in DTYPES
+    return whole and x.dtype in DTYPES and x.shape[0] <= rows
 
 
 weights.FORMATS[torch.uint8] = weights.Format(_shape, dequantize_rows, row_step, small_linear, takes_small)

@@ -50,6 +50,11 @@ def is_slow(dtype: torch.dtype, rows: int, *, grad: bool) -> bool:
     return not _has_products(dtype) and (grad or rows > DOT_ROWS)
 
 
+def multiplies_16_bit(dtype: torch.dtype, backend: str) -> bool:
+    """Whether `backend` runs on a CPU with matrix instructions for this 16-bit dtype."""
+    return backend == "cpu" and dtype != torch.float32 and _has_products(dtype)
+
+
 @cache
 def _has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies matrices of this dtype as fast as it should."""
