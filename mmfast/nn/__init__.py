@@ -5,6 +5,7 @@ from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.quantized_linear import QuantizedLinear
+from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
 
 __all__ = [
     "AdaptedLinear",
@@ -14,4 +15,5 @@ __all__ = [
     "LoRALinearGroup",
     "MergeDrift",
     "QuantizedLinear",
+    "SpatioTemporalPool",
 ]
