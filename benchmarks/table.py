@@ -15,6 +15,8 @@ SHOWN = (
     ("bias_scale_linear", "auto", ("output 1024x", "input 1024x", "output 32x")),
     ("nf4", "cpu", ("dequantise 4096x4096 bf", "linear 1 · 4096x4096", "linear 8 · 4096x4096 bf")),
     ("int8", "cpu", ("linear 1 · 4096x4096 bf",)),
+    ("rms_norm", "auto", ("add+norm forward 2048x", "add+norm both, frozen 2048x", "norm forward 1x4096 bf")),
+    ("rope", "auto", ("forward 1x2048 heads 32+8", "both 1x2048 heads 32+8", "forward 1x1 heads 32+8 bf")),
     ("spatio_temporal_pool", "auto", ("forward 2x100", "both 2x100")),
     ("linear_cross_entropy", "mmfast:cpu", ("2048x", "1024x")),
 )

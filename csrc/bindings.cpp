@@ -36,6 +36,15 @@ void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t l
 void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, TensorView out,
                     int threads);
 
+void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView> residual, float eps, TensorView y,
+                      std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads);
+void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, TensorView h, TensorView weight,
+                      TensorView rstd, std::optional<TensorView> grad_x, std::optional<TensorView> grad_weight,
+                      int threads);
+
+void rope_cpu(std::vector<TensorView> from, TensorView cos, TensorView sin, std::vector<TensorView> to, bool adjoint,
+              int threads);
+
 void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
                                   int threads);
 void spatio_temporal_pool_bwd_cpu(TensorView grad_pooled, std::optional<TensorView> frame_mask,
@@ -112,6 +121,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("nf4_linear_cpu", &mmfast::nf4_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("rms_norm_fwd_cpu", &mmfast::rms_norm_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("residual"),
+        py::arg("eps"), py::arg("y"), py::arg("sum"), py::arg("rstd"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("rms_norm_bwd_cpu", &mmfast::rms_norm_bwd_cpu, py::arg("grad_y"), py::arg("grad_sum"), py::arg("h"),
+        py::arg("weight"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+
+  m.def("rope_cpu", &mmfast::rope_cpu, py::arg("from"), py::arg("cos"), py::arg("sin"), py::arg("to"),
+        py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("spatio_temporal_pool_fwd_cpu", &mmfast::spatio_temporal_pool_fwd_cpu, py::arg("features"),
         py::arg("frame_mask"), py::arg("pooled"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

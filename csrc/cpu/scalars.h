@@ -70,4 +70,32 @@ MMFAST_INLINE Float16 from_float<Float16>(float x) {
   return {static_cast<uint16_t>(select(magnitude >= too_large, special, finite) | (bits >> 16 & 0x8000u))};
 }
 
+// The float nearest to x that T holds: to_float(from_float<T>(x)), in fewer steps and without a change of width.
+template <typename T>
+float round_to(float x);
+
+template <>
+MMFAST_INLINE float round_to<float>(float x) {
+  return x;
+}
+
+template <>
+MMFAST_INLINE float round_to<Bfloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  return std::bit_cast<float>(x != x ? 0x7fc00000u : rounded);
+}
+
+template <>
+MMFAST_INLINE float round_to<Float16>(float x) {
+  constexpr uint32_t too_large = 0x477ff000u, smallest_normal = 113u << 23;  // 65520, halfway to 2^16, and 2^-14
+  const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u)) & ~0x1fffu;
+  // Next to 0.5 floats lie 2^-24 apart, as Float16's subnormals do.
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f - 0.5f);
+  const uint32_t special = select(magnitude > 0x7f800000u, 0x7fc00000u, 0x7f800000u);
+  const uint32_t finite = select(magnitude < smallest_normal, subnormal, normal);
+  return std::bit_cast<float>(select(magnitude >= too_large, special, finite) | (bits & 0x80000000u));
+}
+
 }  // namespace mmfast

@@ -5,6 +5,7 @@ from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.quantized_linear import QuantizedLinear
+from mmfast.nn.rms_norm import RMSNorm
 from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "LoRALinearGroup",
     "MergeDrift",
     "QuantizedLinear",
+    "RMSNorm",
     "SpatioTemporalPool",
 ]

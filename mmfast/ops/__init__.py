@@ -6,6 +6,8 @@ from mmfast.ops.int8 import Int8Weight, int8_dequantize, int8_linear, int8_quant
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
 from mmfast.ops.lora_linear import lora_linear, lora_linear_group
 from mmfast.ops.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from mmfast.ops.rms_norm import rms_norm
+from mmfast.ops.rope import rope
 from mmfast.ops.spatio_temporal_pool import spatio_temporal_pool
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "rms_norm",
+    "rope",
     "spatio_temporal_pool",
     "use_backend",
 ]
