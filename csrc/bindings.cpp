@@ -17,6 +17,8 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
 
 void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_row, TensorView out, int threads);
 
+void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads);
+
 void int8_quantize_cpu(TensorView weight, TensorView values, TensorView scale, int threads);
 void int8_dequantize_cpu(TensorView values, TensorView scale, int64_t first, int64_t last, TensorView out,
                          int threads);
@@ -49,6 +51,10 @@ void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView>
                                   int threads);
 void spatio_temporal_pool_bwd_cpu(TensorView grad_pooled, std::optional<TensorView> frame_mask,
                                   TensorView grad_features, int threads);
+
+void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads);
+void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> up, std::optional<TensorView> grad_gate,
+                    std::optional<TensorView> grad_up, int threads);
 #ifdef MMFAST_WITH_CUDA
 std::pair<int64_t, int64_t> spatio_temporal_pool_parts_cuda(TensorView features, int64_t rows);
 void spatio_temporal_pool_fwd_cuda(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
@@ -97,6 +103,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_scale_linear_bwd_cpu", &mmfast::bias_scale_linear_bwd_cpu, py::arg("grad"), py::arg("z"),
         py::arg("bias"), py::arg("scale"), py::arg("out"), py::arg("grad_bias"), py::arg("grad_scale"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("gated_residual_fwd_cpu", &mmfast::gated_residual_fwd_cpu, py::arg("x"), py::arg("y"), py::arg("factor"),
+        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
   m.def("int8_quantize_cpu", &mmfast::int8_quantize_cpu, py::arg("weight"), py::arg("values"), py::arg("scale"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("int8_dequantize_cpu", &mmfast::int8_dequantize_cpu, py::arg("values"), py::arg("scale"), py::arg("first"),
@@ -137,6 +147,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("spatio_temporal_pool_bwd_cpu", &mmfast::spatio_temporal_pool_bwd_cpu, py::arg("grad_pooled"),
         py::arg("frame_mask"), py::arg("grad_features"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
+
+  m.def("swiglu_fwd_cpu", &mmfast::swiglu_fwd_cpu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("swiglu_bwd_cpu", &mmfast::swiglu_bwd_cpu, py::arg("grad"), py::arg("gate"), py::arg("up"),
+        py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 #ifdef MMFAST_WITH_CUDA
   m.def("spatio_temporal_pool_parts_cuda", &mmfast::spatio_temporal_pool_parts_cuda, py::arg("features"),
         py::arg("rows"));

@@ -3,6 +3,7 @@
 from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
 from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
+from mmfast.nn.gated_residual import GatedResidual
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.quantized_linear import QuantizedLinear
 from mmfast.nn.rms_norm import RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "AdaptedLinear",
     "BaseLinear",
     "BiasScaleLinear",
+    "GatedResidual",
     "LoRALinear",
     "LoRALinearGroup",
     "MergeDrift",

@@ -2,6 +2,7 @@
 
 from mmfast.ops.backends import BackendUnavailable, explain, use_backend
 from mmfast.ops.bias_scale_linear import bias_scale_linear
+from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.int8 import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
 from mmfast.ops.lora_linear import lora_linear, lora_linear_group
@@ -9,6 +10,7 @@ from mmfast.ops.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from mmfast.ops.rms_norm import rms_norm
 from mmfast.ops.rope import rope
 from mmfast.ops.spatio_temporal_pool import spatio_temporal_pool
+from mmfast.ops.swiglu import swiglu
 
 __all__ = [
     "BackendUnavailable",
@@ -16,6 +18,7 @@ __all__ = [
     "NF4Weight",
     "bias_scale_linear",
     "explain",
+    "gated_residual",
     "int8_dequantize",
     "int8_linear",
     "int8_quantize",
@@ -28,5 +31,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "spatio_temporal_pool",
+    "swiglu",
     "use_backend",
 ]

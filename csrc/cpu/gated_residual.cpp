@@ -1,0 +1,66 @@
+// x + factor · y with a factor for each column. (The gradients are a pass of bias_scale_linear.cpp.)
+#include <cstdint>
+
+#include "../tensor_view.h"
+#include "lanes.h"
+#include "matrix.h"
+#include "scalars.h"
+
+namespace mmfast {
+namespace {
+
+constexpr const char* OP = "gated_residual";
+
+template <typename T>
+MMFAST_INLINE void add_gated(const T* x, const T* y, const float* factor, T* out, int64_t first, int64_t count) {
+  for (int64_t i = first; i < count; ++i) out[i] = from_float<T>(to_float(x[i]) + factor[i] * to_float(y[i]));
+}
+
+}  // namespace
+}  // namespace mmfast
+
+#if defined(__x86_64__)
+#define MMFAST_LANES MMFAST_AVX2
+#define MMFAST_NAMESPACE avx2
+#include "gated_residual.inc"
+#undef MMFAST_LANES
+#undef MMFAST_NAMESPACE
+#define MMFAST_LANES MMFAST_AVX512
+#define MMFAST_NAMESPACE avx512
+#include "gated_residual.inc"
+#endif
+
+namespace mmfast {
+namespace {
+
+template <typename T>
+void add_gated_row(const T* x, const T* y, const float* factor, T* out, int64_t count) {
+#if defined(__x86_64__)
+  if (has_avx512()) return avx512::add_gated(x, y, factor, out, count);
+  if (has_avx2()) return avx2::add_gated(x, y, factor, out, count);
+#endif
+  add_gated(x, y, factor, out, 0, count);
+}
+
+}  // namespace
+
+// out = x + factor · y; x, y, out [M, N] of one dtype, factor [N] f32.
+void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads) {
+  check(x.dim() == 2, OP, ": x is ", x, "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  check_matrix(OP, "x", x, rows, columns);
+  check_matrix(OP, "y", y, rows, columns);
+  check_matrix(OP, "out", out, rows, columns);
+  check(y.dtype == x.dtype && out.dtype == x.dtype, OP, ": x is ", name_of(x.dtype), ", y ", name_of(y.dtype),
+        " and out ", name_of(out.dtype), "; expected one dtype");
+  factor.expect("factor", DType::f32, {columns});
+  with_scalar(OP, x.dtype, [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto from = matrix<T>(x), with = matrix<T>(y), to = matrix<T>(out);
+#pragma omp parallel for num_threads(worthwhile_threads(rows * columns, threads)) schedule(static)
+    for (int64_t i = 0; i < rows; ++i)
+      add_gated_row(from.row(i), with.row(i), factor.as<float>(), to.row(i), columns);
+  });
+}
+
+}  // namespace mmfast

@@ -1,0 +1,226 @@
+"""A residual connection whose branch is scaled by the tanh of a trained gate, as in Flamingo."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmfast.ops import backends, extension, products
+from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops.bias_scale_linear import STEPS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# Elements of x from which the kernel was faster than the reference, with gradients and without (Intel Xeon with
+# AVX-512, two threads, 2026-11-25). 16-bit operands cost the reference three copies in fp32.
+CPU_CROSSOVER = {torch.float32: 2**20, torch.float16: 2**18, torch.bfloat16: 2**18}
+
+
+def reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """The definition: out = x + tanh(gate) · y.
+
+    At gate 0 the result is x, bit for bit (but for the sign of a zero, and where y is not finite), and the gate's
+    gradient is not zero.
+
+    Args:
+        x, y [..., H] (fp32, fp16, bf16, fp64; any strides): the stream and the branch, of one shape and dtype.
+        gate (any floating dtype): one number, of shape [] or [1], or one for each channel, [H].
+
+    Returns:
+        [..., H] in the dtype of x, also under autocast.
+
+    Numerics: tanh, product and sum in fp32 (fp64 for fp64), rounded once.
+
+    Source: Alayrac et al., "Flamingo" (arXiv 2204.14198), figure 4: `x = x + tanh(alpha) * attention(...)`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) + torch.tanh(gate.to(wide)) * y.to(wide)).to(x.dtype)
+
+
+class Call(NamedTuple):
+    """The checked arguments, and whether a gradient will be asked for."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    differentiated: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+def check(x: Tensor, y: Tensor, gate: Tensor) -> Call:
+    """The arguments of `gated_residual`, checked."""
+    where = "gated_residual"
+    if x.dim() == 0 or x.shape != y.shape:
+        raise ValueError(
+            f"{where}: x is {list(x.shape)} and y is {list(y.shape)}; expected one shape [..., H]; project y first"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{where}: x is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"{where}: x is {x.dtype} and y is {y.dtype}; expected one dtype; cast one")
+    if gate.shape not in ((), (1,), x.shape[-1:]):
+        raise ValueError(
+            f"{where}: gate is {list(gate.shape)} but x {list(x.shape)}; expected [], [1] or [H] = [{x.shape[-1]}]"
+        )
+    if not gate.dtype.is_floating_point:
+        raise TypeError(f"{where}: gate is {gate.dtype}; expected a floating dtype")
+    for name, tensor in (("y", y), ("gate", gate)):
+        if tensor.device != x.device:
+            raise ValueError(f"{where}: {name} is on {tensor.device} but x on {x.device}; move one")
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or gate.requires_grad)
+    return Call(x, y, gate, differentiated)
+
+
+def _no_float64(call: Call, machine: Machine) -> str | None:
+    return "there is no float64 kernel" if call.x.dtype == torch.float64 else None
+
+
+def _cpu_avoids(call: Call, machine: Machine) -> str | None:
+    size, least = call.x.numel(), CPU_CROSSOVER[call.x.dtype]
+    return f"x has {size} elements; below {least} the reference is faster" if size < least else None
+
+
+def _is_small(x: Tensor, y: Tensor, gate: Tensor, backend: str | None) -> bool:
+    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    # Broadcasting and promotion are left to the check: PyTorch's ops would let them pass.
+    return (
+        backends.plain((x, y, gate), backend)
+        and x.numel() < CPU_CROSSOVER.get(x.dtype, 0)
+        and x.dim() > 0
+        and x.shape == y.shape
+        and x.dtype == y.dtype
+        and (gate.dim() == 0 or gate.shape == (1,) or gate.shape == x.shape[-1:])
+    )
+
+
+OP = Op(
+    "gated_residual",
+    check,
+    (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64), Backend("reference")),
+)
+
+
+def _add_gated_cpu(*tensors: Tensor) -> None:
+    extension.module().gated_residual_fwd_cpu(*map(extension.view, tensors), torch.get_num_threads())
+
+
+def _add_gated_triton(x: Tensor, *tensors: Tensor) -> None:
+    from mmfast.kernels.gated_residual import forward
+
+    with torch.cuda.device_of(x):
+        forward(x, *tensors)
+
+
+_ADD_GATED = {"cpu": _add_gated_cpu, "triton": _add_gated_triton}
+
+
+def _factor(gate: Tensor, channels: int) -> Tensor:
+    """tanh(gate) for each channel, in fp32."""
+    return torch.tanh(gate.to(torch.float32)).expand(channels).contiguous()
+
+
+def _fwd(backend: str, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    matrices = [products.as_matrix(matrix) for matrix in (x, y, out)]
+    _ADD_GATED[backend](*matrices[:2], _factor(gate, x.shape[-1]), matrices[2])
+    return out
+
+
+def _fwd_fake(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _bwd(backend: str, grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> list[Tensor]:
+    """The gradients of y, if it is needed, and of gate, in fp32, if y is given."""
+    channels = grad.shape[-1]
+    factor = _factor(gate, channels)
+    grad_y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if need_y else None
+    sums = None if y is None else torch.zeros_like(factor)
+    matrices = [None if matrix is None else products.as_matrix(matrix) for matrix in (grad, y, grad_y)]
+    # dy = factor · grad and Σ grad · y, as of a scale on an output.
+    STEPS[backend].read_grad(*matrices[:2], None, factor, matrices[2], None, sums)
+    found = [] if grad_y is None else [grad_y]
+    if sums is not None:
+        slope = 1 - torch.tanh(gate.to(torch.float32)) ** 2
+        total = sums.view_as(gate) if gate.numel() == channels else sums.sum(dtype=torch.float64).to(torch.float32)
+        found.append((slope * total).view_as(gate))
+    return found
+
+
+def _bwd_fake(grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool, backend: str) -> list[Tensor]:
+    found = [grad.new_empty(grad.shape)] if need_y else []
+    return found if y is None else [*found, gate.new_empty(gate.shape, dtype=torch.float32)]
+
+
+_FWD = backends.define(
+    "gated_residual_fwd",
+    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    _fwd_fake,
+    {name: partial(_fwd, name) for name in STEPS},
+)
+_BWD = backends.define(
+    "gated_residual_bwd",
+    "(Tensor grad, Tensor? y, Tensor gate, bool need_y) -> Tensor[]",
+    _bwd_fake,
+    {name: partial(_bwd, name) for name in STEPS},
+)
+
+
+class _GatedResidual(torch.autograd.Function):
+    """Saves gate, and y if gate needs a gradient. The gradient of x is that of the output, the very tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
+        _, need_y, need_gate, _ = ctx.needs_input_grad
+        ctx.save_for_backward(y if need_gate else None, gate if need_y or need_gate else None)
+        ctx.backend = backend
+        return _FWD(x, y, gate, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, gate = ctx.saved_tensors
+        need_x, need_y, need_gate, _ = ctx.needs_input_grad
+        found = iter(_BWD(grad, y, gate, need_y, ctx.backend) if need_y or need_gate else ())
+        grad_y = next(found) if need_y else None
+        return grad if need_x else None, grad_y, next(found).to(gate.dtype) if need_gate else None, None
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
+    """x + tanh(gate) · y in one pass: `reference` says what exactly.
+
+    The gradient of x is that of the output, not copied; those of y and gate take one pass over the gradient and y.
+    Saves gate, and y if gate needs a gradient. Differentiable once, except on the reference.
+
+    Args:
+        x, y [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides): of one shape and dtype.
+        gate (any floating dtype): one number, of shape [] or [1], or one for each channel, [H].
+        backend: "cpu", "triton" or "reference"; default: the fastest that can.
+
+    Returns:
+        [..., H] in the dtype of x, also under autocast.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
+        BackendUnavailable: the backend asked for cannot run this call.
+
+    Numerics: in fp32, rounded once. The gate's gradient is summed in fp32, in parts that are added in a fixed order.
+
+    Source: Alayrac et al., "Flamingo" (arXiv 2204.14198); see `reference`.
+    """
+    if _is_small(x, y, gate, backend):
+        return backends.checked_late(reference, check, x, y, gate)
+    call = check(x, y, gate)
+    chosen = OP.select(call, backends.machine(call.device), backend)
+    if chosen == "reference":
+        return reference(x, y, gate)
+    if call.differentiated:
+        return _GatedResidual.apply(x, y, gate, chosen)
+    return _FWD(x, y, gate, chosen)
