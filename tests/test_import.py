@@ -60,6 +60,11 @@ def test_import_brings_nothing_heavy(tmp_path: Path) -> None:
     assert loaded - base <= {"mmfast", "_mmfast"} | {m for m in loaded if m in sys.stdlib_module_names}
 
 
+def test_optimize_brings_neither_transformers_nor_peft(tmp_path: Path) -> None:
+    code = "import sys, mmfast; mmfast.optimize; print([m for m in ('transformers', 'peft') if m in sys.modules])"
+    assert python(code, tmp_path) == "[]"
+
+
 def test_ops_work_without_the_extension_triton_and_transformers(tmp_path: Path) -> None:
     code = """
 import sys

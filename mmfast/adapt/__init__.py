@@ -1,14 +1,16 @@
-"""Put adapters on a model, take them off again, merge them, keep them in a folder; quantise the base."""
+"""Put adapters on a model, take them off again, merge them, keep them in a folder; quantise or optimise the base."""
 
 from mmfast.adapt.add import add_bias_scale, add_lora, remove
 from mmfast.adapt.folder import AdapterReport, load_adapter, save_adapter
 from mmfast.adapt.layers import has_adapters, has_lora, lora_parameters
 from mmfast.adapt.merge import merge, merged_state_dict
+from mmfast.adapt.optimize import OptimizeReport, optimize, restore
 from mmfast.adapt.quantize import QuantizeReport, dequantize, quantize
 from mmfast.adapt.quantized_checkpoint import load_quantized, quantize_checkpoint
 
 __all__ = [
     "AdapterReport",
+    "OptimizeReport",
     "QuantizeReport",
     "add_bias_scale",
     "add_lora",
@@ -20,8 +22,10 @@ __all__ = [
     "lora_parameters",
     "merge",
     "merged_state_dict",
+    "optimize",
     "quantize",
     "quantize_checkpoint",
     "remove",
+    "restore",
     "save_adapter",
 ]

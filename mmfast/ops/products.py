@@ -62,6 +62,11 @@ def _has_products(dtype: torch.dtype) -> bool:
     return name is None or bool(getattr(torch.ops.mkldnn, name)())
 
 
+# torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,
+# which itself would import all of Dynamo.
+_has_products.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def row_chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
     """The parts in which rows of x [M, K] are taken: all at once, unless they must be cast to `dtype`. Never none."""
     rows = x.shape[0]

@@ -1,0 +1,121 @@
+"""Times a training step of a small Llama with PEFT's LoRA, before and after `mmfast.optimize`, with its peak memory.
+
+python benchmarks/bench_optimize.py --rounds 9 --out benchmarks/results/cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+import harness
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mmfast
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OPS = ("lora", "rms_norm", "swiglu", "rope", "loss")
+
+
+class Case(NamedTuple):
+    """A model of `layers` × `hidden`, and a batch of which a quarter is supervised; `each_op`: alone, too."""
+
+    batch: int
+    length: int
+    hidden: int
+    layers: int
+    dtype: torch.dtype
+    each_op: bool = False
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.batch}x{self.length} tokens {self.layers}x{self.hidden} {kind}"
+
+    def model(self, device: str) -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 11 // 4,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 64,
+            use_cache=False,
+            pad_token_id=0,
+        )
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, init_lora_weights=False)
+        return get_peft_model(LlamaForCausalLM(config).to(device, self.dtype), lora).train()
+
+    def tokens(self, device: str) -> dict[str, Tensor]:
+        ids = torch.randint(3, 32000, (self.batch, self.length), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, : self.length - self.length // 4] = -100
+        return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+CPU = [
+    *(Case(1, 512, 512, 4, dtype, each_op=True) for dtype in DTYPES),
+    *(Case(1, 512, 1024, 2, dtype) for dtype in DTYPES),
+    *(Case(1, 32, 256, 4, dtype, each_op=True) for dtype in DTYPES),
+]
+CUDA = [
+    *(Case(4, 2048, 2048, 8, dtype, each_op=True) for dtype in DTYPES),
+    Case(1, 512, 1024, 8, torch.bfloat16),
+    Case(1, 32, 1024, 8, torch.bfloat16),
+]
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of one forward and backward; the gradients stay in .grad."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach()
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    model, batch = case.model(options.device), case.tokens(options.device)
+    models = {"eager": model, "mmfast": copy.deepcopy(model)}
+    mmfast.optimize(models["mmfast"])
+    for op in OPS if case.each_op else ():
+        models[f"mmfast:{op}"] = copy.deepcopy(model)
+        mmfast.optimize(models[f"mmfast:{op}"], ops=[op])
+    step(model, batch)
+    expected = gradient(model)
+    for name, other in models.items():
+        step(other, batch)
+        error = ((gradient(other) - expected).norm() / expected.norm()).item()
+        limit = 1e-4 if case.dtype == torch.float32 else 5e-2
+        if error > limit:
+            raise RuntimeError(f"{case} {name}: the gradients differ by {error:.1e}")
+    providers = {name: partial(step, other, batch) for name, other in models.items()}
+    small = case.batch * case.length < 256
+    timings = harness.measure(providers, options.device, options.rounds * (5 if small else 1), warmup=2)
+    rows = []
+    for name, timing in timings.items():
+        models[name].zero_grad(set_to_none=True)
+        peak = harness.peak_extra_bytes(providers[name], options.device)
+        rows.append({"case": str(case), "provider": name, **timing, "peak MiB": round(peak / 2**20, 1)})
+    return rows
+
+
+def main() -> None:
+    options = harness.arguments(__doc__)
+    cases = CUDA if options.device == "cuda" else CPU
+    harness.report(
+        "optimize", [row for c in cases[: 2 if options.quick else None] for row in rows_of(c, options)], options
+    )
+
+
+if __name__ == "__main__":
+    main()
