@@ -33,6 +33,17 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
                      int threads);
 void low_rank_outer(TensorView s, TensorView x, float scale, bool add, TensorView out, int threads);
 
+void mixture_adapter_fwd_cpu(TensorView x, TensorView down, std::optional<TensorView> down_bias, TensorView up,
+                             int64_t groups, int64_t downs, const std::string& activation,
+                             std::optional<int64_t> seed, int64_t threshold, TensorView y,
+                             std::optional<TensorView> z, int threads);
+void mixture_adapter_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> z,
+                             TensorView down, TensorView up, int64_t groups, int64_t downs,
+                             const std::string& activation, std::optional<int64_t> seed, int64_t threshold,
+                             std::optional<TensorView> grad_x, std::optional<TensorView> grad_down,
+                             std::optional<TensorView> grad_down_bias, std::optional<TensorView> grad_up,
+                             int threads);
+
 void nf4_quantize_cpu(TensorView weight, TensorView packed, TensorView absmax, int threads);
 void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t last, TensorView out, int threads);
 void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, TensorView out,
@@ -124,6 +135,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bias"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("low_rank_outer", &mmfast::low_rank_outer, py::arg("s"), py::arg("x"), py::arg("scale"), py::arg("add"),
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("mixture_adapter_fwd_cpu", &mmfast::mixture_adapter_fwd_cpu, py::arg("x"), py::arg("down"),
+        py::arg("down_bias"), py::arg("up"), py::arg("groups"), py::arg("downs"), py::arg("activation"),
+        py::arg("seed"), py::arg("threshold"), py::arg("y"), py::arg("z"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("mixture_adapter_bwd_cpu", &mmfast::mixture_adapter_bwd_cpu, py::arg("grad"), py::arg("x"), py::arg("z"),
+        py::arg("down"), py::arg("up"), py::arg("groups"), py::arg("downs"), py::arg("activation"), py::arg("seed"),
+        py::arg("threshold"), py::arg("grad_x"), py::arg("grad_down"), py::arg("grad_down_bias"), py::arg("grad_up"),
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("nf4_quantize_cpu", &mmfast::nf4_quantize_cpu, py::arg("weight"), py::arg("packed"), py::arg("absmax"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());

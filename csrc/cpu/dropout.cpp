@@ -3,54 +3,32 @@
 #include <cstdint>
 
 #include "../tensor_view.h"
+#include "philox.h"
 #include "scalars.h"
 
 namespace mmfast {
 namespace {
 
-struct Mask {
-  uint32_t key[2];
-  uint32_t threshold;
-  float scale;  // on what is kept
-};
-
 constexpr int64_t GROUPS = 64;  // Philox calls at a time, each for eight columns
-
-// Eight 16-bit numbers for each of GROUPS groups of columns: words[w][g] holds those of columns 2w and 2w + 1.
-MMFAST_INLINE void philox(const Mask& mask, int64_t row, uint32_t first_group, uint32_t (*words)[GROUPS]) {
-  const auto low_row = static_cast<uint32_t>(row), high_row = static_cast<uint32_t>(row >> 32);
-#pragma omp simd
-  for (int64_t g = 0; g < GROUPS; ++g) {
-    uint32_t a = first_group + static_cast<uint32_t>(g), b = low_row, c = high_row, d = 0;
-    uint32_t k0 = mask.key[0], k1 = mask.key[1];
-#pragma GCC unroll 7
-    for (int round = 0; round < 7; ++round) {
-      const uint64_t p = uint64_t{0xD2511F53} * a, q = uint64_t{0xCD9E8D57} * c;
-      a = static_cast<uint32_t>(q >> 32) ^ b ^ k0;
-      b = static_cast<uint32_t>(q);
-      c = static_cast<uint32_t>(p >> 32) ^ d ^ k1;
-      d = static_cast<uint32_t>(p);
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    words[0][g] = a;
-    words[1][g] = b;
-    words[2][g] = c;
-    words[3][g] = d;
-  }
-}
 
 template <typename T>
 MMFAST_INLINE void drop_row(const T* x, T* out, int64_t columns, int64_t row, const Mask& mask) {
   uint32_t words[4][GROUPS];
   float factors[8 * GROUPS];
   for (int64_t start = 0; start < columns; start += 8 * GROUPS) {
-    philox(mask, row, static_cast<uint32_t>(start / 8), words);
+#pragma omp simd
+    for (int64_t g = 0; g < GROUPS; ++g) {
+      const Words found = philox(mask, row, static_cast<uint32_t>(start / 8 + g));
+      words[0][g] = found.a;
+      words[1][g] = found.b;
+      words[2][g] = found.c;
+      words[3][g] = found.d;
+    }
     for (int64_t w = 0; w < 4; ++w)
 #pragma omp simd
       for (int64_t g = 0; g < GROUPS; ++g) {
-        factors[8 * g + 2 * w] = (words[w][g] & 0xffffu) < mask.threshold ? 0.0f : mask.scale;
-        factors[8 * g + 2 * w + 1] = (words[w][g] >> 16) < mask.threshold ? 0.0f : mask.scale;
+        factors[8 * g + 2 * w] = mask.factor(words[w][g] & 0xffffu);
+        factors[8 * g + 2 * w + 1] = mask.factor(words[w][g] >> 16);
       }
     const int64_t count = std::min(columns - start, 8 * GROUPS);
 #pragma omp simd
@@ -82,9 +60,7 @@ void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_ro
         "x is ", x, " and out is ", out, "; expected two equal matrices");
   check(x.size(1) <= 1 || (x.stride(1) == 1 && out.stride(1) == 1), "the last stride must be 1");
   const int64_t rows = x.size(0), columns = x.size(1);
-  const Mask mask{{static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)},
-                  static_cast<uint32_t>(threshold),
-                  65536.0f / static_cast<float>(65536 - threshold)};
+  const Mask mask(seed, threshold);
   const auto run = [&](auto* from, auto* to, auto* drop) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 32768)
     for (int64_t i = 0; i < rows; ++i)

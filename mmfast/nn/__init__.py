@@ -1,22 +1,26 @@
 """Drop-in modules: each replaces a torch module of the same interface and keeps its state-dict names."""
 
 from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
+from mmfast.nn.adapter import Adapter
 from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.nn.gated_residual import GatedResidual
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
+from mmfast.nn.mixture_adapter import MixtureAdapter
 from mmfast.nn.quantized_linear import QuantizedLinear
 from mmfast.nn.rms_norm import RMSNorm
 from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
 
 __all__ = [
     "AdaptedLinear",
+    "Adapter",
     "BaseLinear",
     "BiasScaleLinear",
     "GatedResidual",
     "LoRALinear",
     "LoRALinearGroup",
     "MergeDrift",
+    "MixtureAdapter",
     "QuantizedLinear",
     "RMSNorm",
     "SpatioTemporalPool",

@@ -6,6 +6,7 @@ from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.int8 import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
 from mmfast.ops.lora_linear import lora_linear, lora_linear_group
+from mmfast.ops.mixture_adapter import mixture_adapter
 from mmfast.ops.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from mmfast.ops.rms_norm import rms_norm
 from mmfast.ops.rope import rope
@@ -25,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
+    "mixture_adapter",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",

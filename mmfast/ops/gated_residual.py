@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def _add_gated_triton(x: Tensor, *tensors: Tensor) -> None:
         forward(x, *tensors)
 
 
-_ADD_GATED = {"cpu": _add_gated_cpu, "triton": _add_gated_triton}
+_ADD_GATED: dict[str, Callable[..., None]] = {"cpu": _add_gated_cpu, "triton": _add_gated_triton}
 
 
 def _factor(gate: Tensor, channels: int) -> Tensor:
