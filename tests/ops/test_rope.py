@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, rope, use_backend
 from mmfast.ops.backends import Machine
-from mmfast.ops.rope import OP, check, reference
+from mmfast.ops.rope import CPU_CROSSOVER, OP, _is_small, check, reference
 
 
 def some(
@@ -315,6 +315,21 @@ def test_impossible_request(arguments: list[Tensor], on: Machine, request_: str,
 
 def test_explain() -> None:
     assert "triton: the Triton interpreter is for tests" in explain(rope, *some())
+    assert "cpu: q and k have 960 elements of fp16; below" in explain(rope, *(x.half() for x in some()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [1, CPU_CROSSOVER[True] // 64, CPU_CROSSOVER[False] // 64])
+@pytest.mark.parametrize("trained", [False, True])
+def test_small_calls_take_the_reference_as_selection_says(dtype: torch.dtype, length: int, trained: bool) -> None:
+    q, k, angles = (torch.zeros(1, dtype=dtype).expand(1, n, length, 16) for n in (3, 1, 1))
+    arguments = q.requires_grad_(trained), k, angles[0], angles[0]
+    assert _is_small(*arguments, None) == (OP.select(check(*arguments), Machine("cpu")) == "reference")
+    with use_backend("cpu"):
+        assert not _is_small(*arguments, None)
+    assert not _is_small(*arguments, "cpu")
+    assert not _is_small(q, k[:, :, :, :8], *arguments[2:], None)
+    assert not _is_small(q, k, angles[0, ..., :8], angles[0, ..., :8], None)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
