@@ -68,10 +68,12 @@ def gate_results(timed: dict[str, harness.Provider], tolerance: float) -> None:
     """Raises unless all providers agree with eager."""
     expected = timed["eager"]()
     for name, run in timed.items():
+        # Rounded at every step, the sum that is the gate's gradient is off by more.
+        allowed = tolerance * (3 if name == "eager, gate in 16 bits" else 1)
         for found, wanted in zip(run(), expected, strict=True):
             error = (found - wanted).float().norm() / wanted.float().norm()
-            if not error <= tolerance:
-                raise AssertionError(f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}")
+            if not error <= allowed:
+                raise AssertionError(f"{name}: relative error {error:.1e}, allowed {allowed:.1e}")
 
 
 def main() -> None:
