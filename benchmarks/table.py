@@ -22,6 +22,7 @@ SHOWN = (
     ("swiglu", "auto", ("forward 1024x", "both 1024x")),
     ("gated_residual", "auto", ("forward 1024x", "both 1024x")),
     ("linear_cross_entropy", "mmfast:cpu", ("2048x", "1024x")),
+    ("zero_init_attention", "auto", ("2x16x1024x64 P10", "1x32x512x128")),
 )
 
 

@@ -6,46 +6,15 @@
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <utility>
 
 #include "../tensor_view.h"
 #include "scalars.h"
+#include "sixteen.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int64_t LANES = 16;  // ranks, or columns, that are worked on together
-// So many products are added up before they join the sum, so that its error does not grow with its length.
-constexpr int64_t RUN = 240;
 constexpr int MOST_ROWS = 12;  // of all Kernels
-
-// 16 numbers in two registers of AVX2. (One vector of 64 bytes would live in memory there.)
-struct Halves {
-  using Half = float __attribute__((vector_size(32), aligned(4), may_alias));
-  Half low, high;
-
-  MMFAST_INLINE void add(float x, const Halves& y) {
-    low += x * y.low;
-    high += x * y.high;
-  }
-  MMFAST_INLINE void add(const Halves& y) {
-    low += y.low;
-    high += y.high;
-  }
-};
-
-// 16 numbers in one register of AVX-512.
-struct Whole {
-  using Vector = float __attribute__((vector_size(64), aligned(4), may_alias));
-  Vector all;
-
-  MMFAST_INLINE void add(float x, const Whole& y) { all += x * y.all; }
-  MMFAST_INLINE void add(const Whole& y) { all += y.all; }
-};
-
-// Calls are written out for each row, so that the sums of rows are known to be registers.
-template <int COUNT>
-using Each = std::make_integer_sequence<int, COUNT>;
 
 // A matrix in which both strides count.
 struct Strided {
@@ -71,44 +40,6 @@ std::unique_ptr<float[]> pack(const Strided& factors, int64_t ranks, int64_t col
     for (int64_t j = 0; j < columns; ++j) tile[j * LANES] = factors.at(r, j) * scale;
   }
   return packed;
-}
-
-// sums[i] += Σ_j x[i, j] tile[j] for the rows I of x.
-template <typename L, int... I>
-MMFAST_INLINE void project_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const L* tile,
-                                int64_t columns, L* sums) {
-  for (int64_t start = 0; start < columns; start += RUN) {
-    L sum[sizeof...(I)] = {};
-    for (int64_t j = start; j < std::min(start + RUN, columns); ++j) {
-      const L factor = tile[j];
-      (sum[I].add(x[I * stride + j], factor), ...);
-    }
-    (sums[I].add(sum[I]), ...);
-  }
-}
-
-// tile[j] += Σ_i x[i, j] s[i] for the rows I of x.
-template <typename L, int... I>
-MMFAST_INLINE void outer_rows(std::integer_sequence<int, I...>, const float* x, int64_t stride, const L* s, L* tile,
-                              int64_t columns) {
-  const L factor[] = {s[I]...};
-  for (int64_t j = 0; j < columns; ++j) {
-    L sum = tile[j];
-    (sum.add(x[I * stride + j], factor[I]), ...);
-    tile[j] = sum;
-  }
-}
-
-// sums[i] = start + Σ_r s[i, r] tile[r] for the rows I.
-template <typename L, int... I>
-MMFAST_INLINE void expand_rows(std::integer_sequence<int, I...>, const float* s, const L* tile, int64_t ranks,
-                               const L& start, L* sums) {
-  L sum[sizeof...(I)] = {((void)I, start)...};
-  for (int64_t r = 0; r < ranks; ++r) {
-    const L factor = tile[r];
-    (sum[I].add(s[I * ranks + r], factor), ...);
-  }
-  ((sums[I] = sum[I]), ...);
 }
 
 // The loops for `count` rows: ROWS at once, or fewer one by one.
@@ -137,9 +68,9 @@ struct Loops {
     for (int64_t j = 0; j < columns; j += LANES, tile += ranks + 1) {
       L sums[ROWS];
       if (count == ROWS)
-        expand_rows(Each<ROWS>(), s, tile, ranks, tile[ranks], sums);
+        expand_rows(Each<ROWS>(), s, ranks, tile, ranks, tile[ranks], sums);
       else
-        for (int64_t i = 0; i < count; ++i) expand_rows(Each<1>(), s + i * ranks, tile, ranks, tile[ranks], sums + i);
+        for (int64_t i = 0; i < count; ++i) expand_rows(Each<1>(), s + i * ranks, ranks, tile, ranks, tile[ranks], sums + i);
       if (j + LANES <= columns)
         for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, sizeof(L));
       else

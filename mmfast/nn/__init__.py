@@ -10,6 +10,7 @@ from mmfast.nn.mixture_adapter import MixtureAdapter
 from mmfast.nn.quantized_linear import QuantizedLinear
 from mmfast.nn.rms_norm import RMSNorm
 from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
+from mmfast.nn.zero_init_attention import ZeroInitAttention
 
 __all__ = [
     "AdaptedLinear",
@@ -24,4 +25,5 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "SpatioTemporalPool",
+    "ZeroInitAttention",
 ]

@@ -12,6 +12,7 @@ from mmfast.ops.rms_norm import rms_norm
 from mmfast.ops.rope import rope
 from mmfast.ops.spatio_temporal_pool import spatio_temporal_pool
 from mmfast.ops.swiglu import swiglu
+from mmfast.ops.zero_init_attention import zero_init_attention
 
 __all__ = [
     "BackendUnavailable",
@@ -35,4 +36,5 @@ __all__ = [
     "spatio_temporal_pool",
     "swiglu",
     "use_backend",
+    "zero_init_attention",
 ]

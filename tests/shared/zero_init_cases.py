@@ -1,0 +1,102 @@
+"""What the tests of zero_init_attention share: arguments, and the comparison with the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from op_cases import FLOOR, TOLERANCE, assert_as_near
+from torch import Tensor
+
+from mmfast.ops import zero_init_attention
+from mmfast.ops.zero_init_attention import reference
+
+NAMES = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
+PROMPTS = ("prompt_key", "prompt_value", "gate")
+
+
+def some(
+    batch: int = 2,
+    heads: int = 4,
+    length: int = 5,
+    dim: int = 16,
+    prompts: int = 10,
+    words: int | None = None,
+    key_heads: int | None = None,
+    per_sample: bool = False,
+    gate: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """The tensors, in the layout in which a model has them: views of [B, L, H, D]."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    key_heads, words = key_heads or heads, length if words is None else words
+    lead = (batch,) if per_sample else ()
+    found = {
+        "query": randn(batch, length, heads, dim).transpose(1, 2),
+        "key": randn(batch, words, key_heads, dim).transpose(1, 2),
+        "value": randn(batch, words, key_heads, dim).transpose(1, 2),
+        "prompt_key": randn(*lead, prompts, key_heads, dim).transpose(-3, -2),
+        "prompt_value": randn(*lead, prompts, key_heads, dim).transpose(-3, -2),
+    }
+    gates = randn(*((heads,) if gate is None else gate))
+    return {name: x.to(dtype) for name, x in found.items()} | {"gate": gates}
+
+
+def run(
+    function: Any, tensors: dict[str, Tensor], needs: Any = NAMES, grad: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """The output, and the gradients that are needed, for a fixed gradient of the output."""
+    leaves = {name: tensor.detach().requires_grad_(name in needs) for name, tensor in tensors.items()}
+    output = function(*leaves.values(), **options)
+    assert output.dtype == leaves["query"].dtype
+    found = {"output": output.detach()}
+    if needs:
+        if grad is None:
+            grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        output.backward(grad.to(output))
+    for name, tensor in leaves.items():
+        if name in needs:
+            assert tensor.grad is not None
+            assert tensor.grad.dtype == tensor.dtype
+            found[f"grad {name}"] = tensor.grad
+        else:
+            assert tensor.grad is None
+    return found
+
+
+def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+def assert_close(backend: str, tensors: dict[str, Tensor], needs: Any = NAMES, **options: Any) -> None:
+    # In the dtype for all: where its product with the prompts cancels, the gate's gradient would show its rounding.
+    options["grad"] = torch.randn_like(tensors["query"])
+    exact = run(reference, double(tensors), needs, **options)
+    eager = run(reference, tensors, needs, **options)
+    ours = run(zero_init_attention, tensors, needs, backend=backend, **options)
+    assert ours.keys() == exact.keys()
+    for name, wanted in exact.items():
+        if name == "grad gate":
+            # A sum that may cancel: errors are measured by the sum of its terms' magnitudes.
+            size, dtype = gate_terms(double(tensors), **options), tensors["query"].dtype
+            off, baseline = (abs(found[name].double() - wanted).reshape(-1) for found in (ours, eager))
+            assert (off <= 1.5 * baseline.max() + FLOOR[dtype] * size).all()
+            assert (off <= TOLERANCE[dtype] * size).all()
+        elif name == "grad prompt_key" and tensors["prompt_key"].shape[-2] == 1:
+            assert ours[name].eq(0).all()  # in `exact` it is what roundings leave of 0
+        else:
+            assert_as_near(ours[name], eager[name], wanted, tensors["query"].dtype)
+
+
+def gate_terms(tensors: dict[str, Tensor], grad: Tensor, gate_activation: str = "tanh", **options: Any) -> Tensor:
+    """Σ |grad · ∂out / ∂gate| for each gate."""
+    opened = tensors | {"value": 0 * tensors["value"], "gate": torch.ones((), dtype=torch.float64)}
+    part = reference(*opened.values(), gate_activation="identity", scale=options.get("scale"))
+    gate = tensors["gate"].reshape(-1)
+    slope = 1 - gate.tanh() ** 2 if gate_activation == "tanh" else torch.ones_like(gate)
+    terms = (grad * part).abs().sum((0, 2, 3))
+    return slope * (terms.sum() if gate.numel() == 1 else terms)
