@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near
+from op_cases import BACKENDS, CPU, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near
 from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, extension, gated_residual
-from mmfast.ops.backends import Machine
+from mmfast.ops.backends import Machine, machine
 from mmfast.ops.gated_residual import CPU_CROSSOVER, OP, check, reference
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -132,6 +132,18 @@ def test_any_shape_stride_and_dtype(backend: str, data: st.DataObject) -> None:
     before = [x.clone() for x in operands]
     assert_close(backend, (*operands, gate), grad=torch.rand(shape).to(dtype))
     assert all(torch.equal(x, y) for x, y in zip(operands, before, strict=True))
+
+
+@pytest.mark.skipif(bool(machine(CPU).lacks("cpu")), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_of_every_size(dtype: torch.dtype) -> None:
+    x, y, gate = some(3, 37, gate=(37,), dtype=dtype, gate_dtype=torch.float32)
+    module, view, factor = extension.module(), extension.view, torch.tanh(gate)
+    for bits in (0, 256, 512):
+        found = torch.full_like(x, torch.nan)
+        module.gated_residual_fwd_cpu(view(x), view(y), view(factor), view(found), 1, bits)
+        exact = reference(x.double(), y.double(), gate.double())
+        assert_as_near(found, reference(x, y, gate), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

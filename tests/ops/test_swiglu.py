@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near
+from op_cases import BACKENDS, CPU, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near
 from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, extension, swiglu, use_backend
-from mmfast.ops.backends import Machine
+from mmfast.ops.backends import Machine, machine
 from mmfast.ops.swiglu import CPU_CROSSOVER, OP, check, reference
 
 
@@ -142,6 +142,22 @@ def test_any_gate_on_the_cpu(dtype: torch.dtype, padding: int) -> None:
     for found, wanted in zip(ours, eager, strict=True):
         # Below -87 the kernel's sigmoid is 0, PyTorch's a number that is subnormal or nearly.
         torch.testing.assert_close(found, wanted, equal_nan=True, atol=1e-35, rtol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.skipif(bool(machine(CPU).lacks("cpu")), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_of_every_size(dtype: torch.dtype) -> None:
+    gate, up = some(3, 37, dtype=dtype)
+    grad = torch.randn(3, 37).to(dtype)
+    exact = run(reference, gate.double(), up.double(), "gu", grad)
+    eager = run(reference, gate, up, "gu", grad)
+    module, view = extension.module(), extension.view
+    for bits in (0, 256, 512):
+        found = [torch.full_like(gate, torch.nan) for _ in exact]
+        module.swiglu_fwd_cpu(view(gate), view(up), view(found[0]), 1, bits)
+        module.swiglu_bwd_cpu(view(grad), view(gate), view(up), view(found[1]), view(found[2]), 1, bits)
+        for actual, baseline, wanted in zip(found, eager, exact, strict=True):
+            assert_as_near(actual, baseline, wanted, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
