@@ -32,10 +32,15 @@ def rows(name: str, provider: str, beginnings: tuple[str, ...]) -> list[str]:
     lines = []
     for row in found:
         if row["provider"] == provider and row["case"].startswith(beginnings):
-            spread = f"{row['p20']:.1f} to {row['p80']:.1f}"
+            spread = f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}"
             memory = f"{row['peak MiB']:.0f} MiB" if "peak MiB" in row else ""
-            lines.append(f"| `{name}` {row['case']} | {row['ms']:.1f} ms ({spread}) | {row['ratio']:.1f}x | {memory} |")
+            median, ratio = milliseconds(row["ms"]), row["ratio"]
+            lines.append(f"| `{name}` {row['case']} | {median} ms ({spread}) | {ratio:.2f}x | {memory} |")
     return lines
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def origin(name: str) -> str:
