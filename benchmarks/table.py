@@ -18,6 +18,8 @@ SHOWN = (
     ("rms_norm", "auto", ("add+norm forward 2048x", "add+norm both, frozen 2048x", "norm forward 1x4096 bf")),
     ("rope", "auto", ("forward 1x2048 heads 32+8", "both 1x2048 heads 32+8", "forward 1x1 heads 32+8 bf")),
     ("mixture_adapter", "auto", ("1x2048x4096", "4x257x1024")),
+    ("resampler_attention", "auto", ("both 1x2056", "both 8x257")),
+    ("perceiver_resampler", "PerceiverResampler", ("both 1x2056", "both 8x257")),
     ("spatio_temporal_pool", "auto", ("forward 2x100", "both 2x100")),
     ("swiglu", "auto", ("forward 1024x", "both 1024x")),
     ("gated_residual", "auto", ("forward 1024x", "both 1024x")),

@@ -57,6 +57,17 @@ void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, Ten
 
 void rope_cpu(std::vector<TensorView> from, TensorView cos, TensorView sin, std::vector<TensorView> to, bool adjoint,
               int threads);
+void resampler_attention_fwd_cpu(TensorView query, TensorView media_key, TensorView media_value,
+                                 std::optional<TensorView> latent_key, std::optional<TensorView> latent_value,
+                                 std::optional<TensorView> media_mask, float scale, TensorView out, TensorView lse,
+                                 int vector_bits, int threads);
+void resampler_attention_bwd_cpu(TensorView grad_out, TensorView query, TensorView out, TensorView lse,
+                                 TensorView media_key, TensorView media_value, std::optional<TensorView> latent_key,
+                                 std::optional<TensorView> latent_value, std::optional<TensorView> media_mask,
+                                 float scale, std::optional<TensorView> grad_query,
+                                 std::optional<TensorView> grad_media_key, std::optional<TensorView> grad_media_value,
+                                 std::optional<TensorView> grad_latent_key,
+                                 std::optional<TensorView> grad_latent_value, int vector_bits, int threads);
 
 void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
                                   int threads);
@@ -168,6 +179,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("rope_cpu", &mmfast::rope_cpu, py::arg("from"), py::arg("cos"), py::arg("sin"), py::arg("to"),
         py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("resampler_attention_fwd_cpu", &mmfast::resampler_attention_fwd_cpu, py::arg("query"), py::arg("media_key"),
+        py::arg("media_value"), py::arg("latent_key"), py::arg("latent_value"), py::arg("media_mask"),
+        py::arg("scale"), py::arg("out"), py::arg("lse"), py::arg("vector_bits"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("resampler_attention_bwd_cpu", &mmfast::resampler_attention_bwd_cpu, py::arg("grad_out"), py::arg("query"),
+        py::arg("out"), py::arg("lse"), py::arg("media_key"), py::arg("media_value"), py::arg("latent_key"),
+        py::arg("latent_value"), py::arg("media_mask"), py::arg("scale"), py::arg("grad_query"),
+        py::arg("grad_media_key"), py::arg("grad_media_value"), py::arg("grad_latent_key"),
+        py::arg("grad_latent_value"), py::arg("vector_bits"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 
   m.def("spatio_temporal_pool_fwd_cpu", &mmfast::spatio_temporal_pool_fwd_cpu, py::arg("features"),
         py::arg("frame_mask"), py::arg("pooled"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -428,9 +428,9 @@ def _sum_outer(left: Tensor, right: Tensor, each: int, seen: int, width: int, *,
 
 
 def compile_cases() -> list[dict[str, Any]]:
-    """The forms of every kernel that calls of usual shapes launch, for scripts/compile_kernels.py."""
+    """The forms of every kernel that calls of usual shapes launch, for scripts/compile_kernels.py; fp16 as bf16."""
     cases = []
-    for dtype, ranks in product(("fp32", "fp16", "bf16"), (8, 32, 64, 128)):
+    for dtype, ranks in product(("fp32", "bf16"), (8, 32, 64, 128)):
         size = 4 if dtype == "fp32" else 2
         tile, outer = row_tile(ranks, size), outer_tile(ranks, size)
         for activation, seed in (

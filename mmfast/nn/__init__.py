@@ -7,6 +7,7 @@ from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.nn.gated_residual import GatedResidual
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.mixture_adapter import MixtureAdapter
+from mmfast.nn.perceiver_resampler import MediaKV, PerceiverResampler
 from mmfast.nn.quantized_linear import QuantizedLinear
 from mmfast.nn.rms_norm import RMSNorm
 from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
@@ -20,8 +21,10 @@ __all__ = [
     "GatedResidual",
     "LoRALinear",
     "LoRALinearGroup",
+    "MediaKV",
     "MergeDrift",
     "MixtureAdapter",
+    "PerceiverResampler",
     "QuantizedLinear",
     "RMSNorm",
     "SpatioTemporalPool",

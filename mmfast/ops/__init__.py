@@ -8,6 +8,7 @@ from mmfast.ops.linear_cross_entropy import linear_cross_entropy
 from mmfast.ops.lora_linear import lora_linear, lora_linear_group
 from mmfast.ops.mixture_adapter import mixture_adapter
 from mmfast.ops.nf4 import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
+from mmfast.ops.resampler_attention import resampler_attention
 from mmfast.ops.rms_norm import rms_norm
 from mmfast.ops.rope import rope
 from mmfast.ops.spatio_temporal_pool import spatio_temporal_pool
@@ -31,6 +32,7 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "resampler_attention",
     "rms_norm",
     "rope",
     "spatio_temporal_pool",
