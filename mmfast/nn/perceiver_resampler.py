@@ -116,7 +116,8 @@ class PerceiverResampler(nn.Module):
 
     The media never change from layer to layer. So they are normalised once for all layers, and each layer's norm is
     folded into its projection to keys and values (exactly: in fp32 or wider, rounded once, differentiable). Backward
-    then makes no gradient of the media where they are frozen. Keys of media and latents are never concatenated.
+    then makes no gradient of the media where they are frozen, and keys of media and latents are never concatenated.
+    Fewer than 1,024 rows of media are not worth the folding: each layer takes them and the latents in one product.
 
     Args:
         hidden_size: D, of the media and of the result.
