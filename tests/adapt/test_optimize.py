@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from optimized_models import CONFIGS, SIZES, assert_same, labelled, make, step, tokens
 from torch import Tensor, nn
 from transformers import (
@@ -425,6 +427,14 @@ class TestLeft:
         assert self.reasons(model) == {"": "its loss_function is not ForCausalLMLoss"}
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """The state that accelerate keeps for a process, and refuses to change, ends with the test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trainer(bf16: bool, tmp_path: Any) -> None:
     """Accumulation, mixed precision and evaluation of transformers' Trainer give the losses of the plain model."""
