@@ -17,7 +17,8 @@ void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std
 
 void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_row, TensorView out, int threads);
 
-void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads, int bits);
+void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads,
+                            int vector_bits);
 
 void int8_quantize_cpu(TensorView weight, TensorView values, TensorView scale, int threads);
 void int8_dequantize_cpu(TensorView values, TensorView scale, int64_t first, int64_t last, TensorView out,
@@ -74,16 +75,16 @@ void spatio_temporal_pool_fwd_cpu(TensorView features, std::optional<TensorView>
 void spatio_temporal_pool_bwd_cpu(TensorView grad_pooled, std::optional<TensorView> frame_mask,
                                   TensorView grad_features, int threads);
 
-void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads, int bits);
+void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads, int vector_bits);
 void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> up, std::optional<TensorView> grad_gate,
-                    std::optional<TensorView> grad_up, int threads, int bits);
+                    std::optional<TensorView> grad_up, int threads, int vector_bits);
 
 void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView prompt_key, TensorView prompt_value,
-                                 TensorView act, float scale, TensorView out, int threads, int bits);
+                                 TensorView act, float scale, TensorView out, int threads, int vector_bits);
 void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView prompt_key, TensorView prompt_value,
                                  TensorView act, float scale, std::optional<TensorView> grad_query,
                                  std::optional<TensorView> grad_key, std::optional<TensorView> grad_value,
-                                 std::optional<TensorView> grad_act, int threads, int bits);
+                                 std::optional<TensorView> grad_act, int threads, int vector_bits);
 #ifdef MMFAST_WITH_CUDA
 std::pair<int64_t, int64_t> spatio_temporal_pool_parts_cuda(TensorView features, int64_t rows);
 void spatio_temporal_pool_fwd_cuda(TensorView features, std::optional<TensorView> frame_mask, TensorView pooled,
@@ -134,7 +135,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("gated_residual_fwd_cpu", &mmfast::gated_residual_fwd_cpu, py::arg("x"), py::arg("y"), py::arg("factor"),
-        py::arg("out"), py::arg("threads"), py::arg("bits") = 512, py::call_guard<py::gil_scoped_release>());
+        py::arg("out"), py::arg("threads"), py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
 
   m.def("int8_quantize_cpu", &mmfast::int8_quantize_cpu, py::arg("weight"), py::arg("values"), py::arg("scale"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
@@ -198,18 +199,18 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
 
   m.def("swiglu_fwd_cpu", &mmfast::swiglu_fwd_cpu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("threads"),
-        py::arg("bits") = 512, py::call_guard<py::gil_scoped_release>());
+        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
   m.def("swiglu_bwd_cpu", &mmfast::swiglu_bwd_cpu, py::arg("grad"), py::arg("gate"), py::arg("up"),
-        py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"), py::arg("bits") = 512,
+        py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"), py::arg("vector_bits") = 512,
         py::call_guard<py::gil_scoped_release>());
 
   m.def("zero_init_attention_fwd_cpu", &mmfast::zero_init_attention_fwd_cpu, py::arg("words"), py::arg("query"),
         py::arg("prompt_key"), py::arg("prompt_value"), py::arg("act"), py::arg("scale"), py::arg("out"),
-        py::arg("threads"), py::arg("bits") = 512, py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
   m.def("zero_init_attention_bwd_cpu", &mmfast::zero_init_attention_bwd_cpu, py::arg("grad"), py::arg("query"),
         py::arg("prompt_key"), py::arg("prompt_value"), py::arg("act"), py::arg("scale"), py::arg("grad_query"),
-        py::arg("grad_key"), py::arg("grad_value"), py::arg("grad_act"), py::arg("threads"), py::arg("bits") = 512,
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("grad_key"), py::arg("grad_value"), py::arg("grad_act"), py::arg("threads"),
+        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
 #ifdef MMFAST_WITH_CUDA
   m.def("spatio_temporal_pool_parts_cuda", &mmfast::spatio_temporal_pool_parts_cuda, py::arg("features"),
         py::arg("rows"));

@@ -34,18 +34,19 @@ namespace mmfast {
 namespace {
 
 template <typename T>
-void add_gated_row(const T* x, const T* y, const float* factor, T* out, int64_t count, int bits) {
+void add_gated_row(const T* x, const T* y, const float* factor, T* out, int64_t count, int vector_bits) {
 #if defined(__x86_64__)
-  if (bits >= 512 && has_avx512()) return avx512::add_gated(x, y, factor, out, count);
-  if (bits >= 256 && has_avx2()) return avx2::add_gated(x, y, factor, out, count);
+  if (vector_bits >= 512 && has_avx512()) return avx512::add_gated(x, y, factor, out, count);
+  if (vector_bits >= 256 && has_avx2()) return avx2::add_gated(x, y, factor, out, count);
 #endif
   add_gated(x, y, factor, out, 0, count);
 }
 
 }  // namespace
 
-// out = x + factor · y; x, y, out [M, N] of one dtype, factor [N] f32. Vectors of `bits` at most are used.
-void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads, int bits) {
+// out = x + factor · y; x, y, out [M, N] of one dtype, factor [N] f32. Vectors of `vector_bits` at most are used.
+void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads,
+                            int vector_bits) {
   check(x.dim() == 2, OP, ": x is ", x, "; expected two dimensions");
   const int64_t rows = x.size(0), columns = x.size(1);
   check_matrix(OP, "x", x, rows, columns);
@@ -59,7 +60,7 @@ void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, Tenso
     const auto from = matrix<T>(x), with = matrix<T>(y), to = matrix<T>(out);
 #pragma omp parallel for num_threads(worthwhile_threads(rows * columns, threads)) schedule(static)
     for (int64_t i = 0; i < rows; ++i)
-      add_gated_row(from.row(i), with.row(i), factor.as<float>(), to.row(i), columns, bits);
+      add_gated_row(from.row(i), with.row(i), factor.as<float>(), to.row(i), columns, vector_bits);
   });
 }
 

@@ -70,7 +70,8 @@ struct Loops {
       if (count == ROWS)
         expand_rows(Each<ROWS>(), s, ranks, tile, ranks, tile[ranks], sums);
       else
-        for (int64_t i = 0; i < count; ++i) expand_rows(Each<1>(), s + i * ranks, ranks, tile, ranks, tile[ranks], sums + i);
+        for (int64_t i = 0; i < count; ++i)
+          expand_rows(Each<1>(), s + i * ranks, ranks, tile, ranks, tile[ranks], sums + i);
       if (j + LANES <= columns)
         for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, sizeof(L));
       else

@@ -311,8 +311,9 @@ struct Strip {
     std::fill(sums.begin(), sums.end(), 0.0f);
     for_each_block([&](int64_t g, int64_t start, int64_t width, int64_t padded) {
       load_tile(x.at(sample, token, g * call.width + start), rows, width, tile.data());
-      project(tile.data(), rows, matrix + g * call.padded + start, call.stride(), padded, reinterpret_cast<Vector*>(sums.data()),
-              grouped ? g * call.seen : 0, grouped ? call.seen : call.ranks, call.ranks);
+      project(tile.data(), rows, matrix + g * call.padded + start, call.stride(), padded,
+              reinterpret_cast<Vector*>(sums.data()), grouped ? g * call.seen : 0,
+              grouped ? call.seen : call.ranks, call.ranks);
     });
   }
 

@@ -1,5 +1,6 @@
 // Products of matrices of many rows with matrices of few, in vectors of 16 floats: a tile has 16 of the few side by
-// side. Every sum is made in one order. What is here is inlined into functions that are compiled for one kind of CPU each.
+// side. Every sum is made in one order. What is here is inlined into functions that are compiled for one kind of CPU
+// each.
 #pragma once
 
 #include <algorithm>

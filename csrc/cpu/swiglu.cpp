@@ -58,19 +58,19 @@ namespace mmfast {
 namespace {
 
 template <typename T>
-void forward_run(const T* gate, const T* up, T* out, int64_t count, int bits) {
+void forward_run(const T* gate, const T* up, T* out, int64_t count, int vector_bits) {
 #if defined(__x86_64__)
-  if (bits >= 512 && has_avx512()) return avx512::forward(gate, up, out, count);
-  if (bits >= 256 && has_avx2()) return avx2::forward(gate, up, out, count);
+  if (vector_bits >= 512 && has_avx512()) return avx512::forward(gate, up, out, count);
+  if (vector_bits >= 256 && has_avx2()) return avx2::forward(gate, up, out, count);
 #endif
   forward(gate, up, out, 0, count);
 }
 
 template <typename T>
-void backward_run(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t count, int bits) {
+void backward_run(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t count, int vector_bits) {
 #if defined(__x86_64__)
-  if (bits >= 512 && has_avx512()) return avx512::backward(grad, gate, up, grad_gate, grad_up, count);
-  if (bits >= 256 && has_avx2()) return avx2::backward(grad, gate, up, grad_gate, grad_up, count);
+  if (vector_bits >= 512 && has_avx512()) return avx512::backward(grad, gate, up, grad_gate, grad_up, count);
+  if (vector_bits >= 256 && has_avx2()) return avx2::backward(grad, gate, up, grad_gate, grad_up, count);
 #endif
   backward(grad, gate, up, grad_gate, grad_up, 0, count);
 }
@@ -91,7 +91,8 @@ struct Extent {
   int64_t rows, columns;
   bool packed = true;
 
-  explicit Extent(const TensorView& gate) : rows(gate.dim() ? gate.size(0) : 0), columns(gate.dim() > 1 ? gate.size(1) : 0) {
+  explicit Extent(const TensorView& gate)
+      : rows(gate.dim() ? gate.size(0) : 0), columns(gate.dim() > 1 ? gate.size(1) : 0) {
     check(gate.dim() == 2, OP, ": gate is ", gate, "; expected two dimensions");
   }
 
@@ -109,8 +110,8 @@ struct Extent {
 
 }  // namespace
 
-// out = silu(gate) · up; all [M, F] of one dtype. Vectors of `bits` at most are used.
-void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads, int bits) {
+// out = silu(gate) · up; all [M, F] of one dtype. Vectors of `vector_bits` at most are used.
+void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads, int vector_bits) {
   Extent extent(gate);
   extent.add("gate", gate, gate.dtype);
   extent.add("up", up, gate.dtype);
@@ -119,7 +120,7 @@ void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads,
     using T = decltype(scalar);
     const auto g = matrix<T>(gate), u = matrix<T>(up), o = matrix<T>(out);
     extent.run(threads, [&](int64_t row, int64_t column, int64_t count) {
-      forward_run(g.at(row, column).data, u.at(row, column).data, o.at(row, column).data, count, bits);
+      forward_run(g.at(row, column).data, u.at(row, column).data, o.at(row, column).data, count, vector_bits);
     });
   });
 }
@@ -127,7 +128,7 @@ void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads,
 // grad_gate = grad · up · silu'(gate), grad_up = grad · silu(gate): each if it is given, the first with up. All [M, F] of
 // one dtype.
 void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> up, std::optional<TensorView> grad_gate,
-                    std::optional<TensorView> grad_up, int threads, int bits) {
+                    std::optional<TensorView> grad_up, int threads, int vector_bits) {
   check(up.has_value() == grad_gate.has_value(), OP, ": grad_gate and up come together");
   check(grad_gate || grad_up, OP, ": no gradient is asked for");
   Extent extent(gate);
@@ -142,7 +143,7 @@ void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> 
                du = matrix<T>(grad_up);
     extent.run(threads, [&](int64_t row, int64_t column, int64_t count) {
       backward_run(y.at(row, column).data, g.at(row, column).data, u.at(row, column).data, dg.at(row, column).data,
-                   du.at(row, column).data, count, bits);
+                   du.at(row, column).data, count, vector_bits);
     });
   });
 }

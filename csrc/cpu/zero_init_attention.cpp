@@ -241,22 +241,24 @@ struct Kernels {
   void (*backward)(const BackwardRows<T>&);
 };
 
-// Those for the widest vectors that this CPU has, of `bits` at most.
+// Those for the widest vectors that this CPU has, of `vector_bits` at most.
 template <int TILES, typename T>
-Kernels<T> kernels(int bits) {
+Kernels<T> kernels(int vector_bits) {
 #if defined(__x86_64__)
-  if (bits >= 512 && __builtin_cpu_supports("x86-64-v4")) return {forward_avx512<TILES, T>, backward_avx512<TILES, T>};
-  if (bits >= 256 && __builtin_cpu_supports("x86-64-v3")) return {forward_avx2<TILES, T>, backward_avx2<TILES, T>};
+  if (vector_bits >= 512 && __builtin_cpu_supports("x86-64-v4"))
+    return {forward_avx512<TILES, T>, backward_avx512<TILES, T>};
+  if (vector_bits >= 256 && __builtin_cpu_supports("x86-64-v3"))
+    return {forward_avx2<TILES, T>, backward_avx2<TILES, T>};
 #endif
   return {forward_baseline<TILES, T>, backward_baseline<TILES, T>};
 }
 
 // Calls run(value of the scalar type, kernels).
 template <typename F>
-void with_kernels(DType dtype, int64_t prompts, int bits, F run) {
+void with_kernels(DType dtype, int64_t prompts, int vector_bits, F run) {
   with_scalar(OP, dtype, [&](auto scalar) {
     using T = decltype(scalar);
-    run(scalar, prompts > LANES ? kernels<2, T>(bits) : kernels<1, T>(bits));
+    run(scalar, prompts > LANES ? kernels<2, T>(vector_bits) : kernels<1, T>(vector_bits));
   });
 }
 
@@ -342,9 +344,9 @@ void expect_act(const Sizes& sizes, const TensorView& act) {
 }  // namespace
 
 // out = words + act · softmax(scale · query prompt_keyᵀ) prompt_value; query, words, out [B, H, L, D], prompts
-// [Hkv, P, D] or [B, Hkv, P, D], all of one dtype; act [H] f32. Vectors of `bits` at most are used.
+// [Hkv, P, D] or [B, Hkv, P, D], all of one dtype; act [H] f32. Vectors of `vector_bits` at most are used.
 void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView prompt_key, TensorView prompt_value,
-                                 TensorView act, float scale, TensorView out, int threads, int bits) {
+                                 TensorView act, float scale, TensorView out, int threads, int vector_bits) {
   const Sizes sizes(query, prompt_key);
   sizes.expect_heads("query", query, query.dtype);
   sizes.expect_heads("words", words, query.dtype);
@@ -356,7 +358,7 @@ void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView 
   keys_by_dim.allocate(sizes, true);
   values.allocate(sizes, false);
   const int64_t blocks = (sizes.length + FORWARD_ROWS - 1) / FORWARD_ROWS;
-  with_kernels(query.dtype, sizes.prompts, bits, [&](auto scalar, auto loops) {
+  with_kernels(query.dtype, sizes.prompts, vector_bits, [&](auto scalar, auto loops) {
     using T = decltype(scalar);
 #pragma omp parallel num_threads(worthwhile_threads(query.numel(), threads))
     {
@@ -383,7 +385,7 @@ void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView 
 void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView prompt_key, TensorView prompt_value,
                                  TensorView act, float scale, std::optional<TensorView> grad_query,
                                  std::optional<TensorView> grad_key, std::optional<TensorView> grad_value,
-                                 std::optional<TensorView> grad_act, int threads, int bits) {
+                                 std::optional<TensorView> grad_act, int threads, int vector_bits) {
   const Sizes sizes(query, prompt_key);
   sizes.expect_heads("query", query, query.dtype);
   sizes.expect_heads("grad", grad, query.dtype);
@@ -407,7 +409,7 @@ void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView p
   const auto part_of = [&](int64_t sample, int64_t head, int64_t block) {
     return parts.get() + ((sample * sizes.heads + head) * blocks + block) * part;
   };
-  with_kernels(query.dtype, sizes.prompts, bits, [&](auto scalar, auto loops) {
+  with_kernels(query.dtype, sizes.prompts, vector_bits, [&](auto scalar, auto loops) {
     using T = decltype(scalar);
     const auto add_parts = [&](const TensorView& total, int64_t prompt_head, int64_t offset, float factor) {
       const auto sum = std::make_unique<float[]>(each);
