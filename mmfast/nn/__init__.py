@@ -8,9 +8,11 @@ from mmfast.nn.gated_residual import GatedResidual
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.mixture_adapter import MixtureAdapter
 from mmfast.nn.perceiver_resampler import MediaKV, PerceiverResampler
+from mmfast.nn.q_former import QFormer
 from mmfast.nn.quantized_linear import QuantizedLinear
 from mmfast.nn.rms_norm import RMSNorm
 from mmfast.nn.spatio_temporal_pool import SpatioTemporalPool
+from mmfast.nn.visual_resampler import VisualResampler
 from mmfast.nn.zero_init_attention import ZeroInitAttention
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "MergeDrift",
     "MixtureAdapter",
     "PerceiverResampler",
+    "QFormer",
     "QuantizedLinear",
     "RMSNorm",
     "SpatioTemporalPool",
+    "VisualResampler",
     "ZeroInitAttention",
 ]
