@@ -5,6 +5,8 @@ from mmfast.adapt.folder import AdapterReport, load_adapter, save_adapter
 from mmfast.adapt.layers import has_adapters, has_lora, lora_parameters
 from mmfast.adapt.merge import merge, merged_state_dict
 from mmfast.adapt.optimize import OptimizeReport, optimize, restore
+from mmfast.adapt.prompt_checkpoint import load_prompts
+from mmfast.adapt.prompts import add_prompts
 from mmfast.adapt.quantize import QuantizeReport, dequantize, quantize
 from mmfast.adapt.quantized_checkpoint import load_quantized, quantize_checkpoint
 
@@ -14,10 +16,12 @@ __all__ = [
     "QuantizeReport",
     "add_bias_scale",
     "add_lora",
+    "add_prompts",
     "dequantize",
     "has_adapters",
     "has_lora",
     "load_adapter",
+    "load_prompts",
     "load_quantized",
     "lora_parameters",
     "merge",

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from mmfast.adapt.layers import check_holder, choose, named_layers, places, replace
+from mmfast.adapt.prompts import remove_prompts
 from mmfast.nn import AdaptedLinear, BiasScaleLinear, LoRALinear
 
 __all__ = ["add_bias_scale", "add_lora", "remove"]
@@ -82,11 +83,13 @@ def add_bias_scale(
 def remove(module: nn.Module) -> list[str]:
     """Takes every adapter off: layers are an `nn.Linear` or a `QuantizedLinear` again, with untouched values.
 
+    Prompts go as well, and the decoder gets the attention function back that it had before `add_prompts`.
+
     Args:
         module: The module to change, in place. One without adapters is left as it is.
 
     Returns:
-        The full names of the layers that were turned back.
+        The full names of the layers that were turned back, then of the attention modules that had prompts.
 
     Raises:
         ValueError: If a layer is merged (its base is changed), or the module itself is the adapted layer.
@@ -101,7 +104,7 @@ def remove(module: nn.Module) -> list[str]:
         )
     found = places(module, layers.values())
     replace(found, {layer: layer.to_linear() for layer in found})
-    return list(layers)
+    return [*layers, *remove_prompts(module)]
 
 
 def _add(chosen: dict[str, nn.Linear], module: nn.Module, adapted: Callable[[nn.Linear], AdaptedLinear]) -> list[str]:

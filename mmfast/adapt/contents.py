@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.adapt.layers import adapter_parameters, join, named_layers, named_modules, places, replace, tied_names
-from mmfast.nn import AdaptedLinear, BiasScaleLinear, LoRALinear
+from mmfast.adapt.prompts import PROMPTS, Prompts, attach, build, decoder_of, has_prompts
+from mmfast.nn import AdaptedLinear, BiasScaleLinear, LoRALinear, ZeroInitAttention
 
 __all__ = ["Contents", "Lora", "collect", "put"]
 
@@ -30,6 +31,7 @@ class Contents:
     Attributes:
         lora: Layer name to the options of its LoRA.
         bias_scale: Layer name to the `scale_on` of its bias-scale adapter.
+        prompts: Name of an attention module to the options of its prompts.
         tensors: Parameter or buffer name in the adapted model ("….q_proj.lora_a", "model.norm.weight") to its value; a
             tensor with several names is there under each.
         keys: The same names to the keys that the tensors have in the file.
@@ -38,6 +40,7 @@ class Contents:
 
     lora: dict[str, Lora] = field(default_factory=dict)
     bias_scale: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, Prompts] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -59,6 +62,11 @@ def collect(model: nn.Module) -> Contents:
             if layer.merged:
                 raise ValueError(f"save_adapter: {name} is merged; unmerged layers are accepted; call unmerge() first")
             contents.lora[name] = Lora(layer.rank, layer.alpha, layer.dropout, layer.use_rslora)
+    for name, attention in named_modules(model).items():
+        if has_prompts(attention):
+            prompts: ZeroInitAttention = attention._modules[PROMPTS]  # type: ignore[assignment]
+            own |= {join(name, f"{PROMPTS}.{parameter}") for parameter in prompts._parameters}
+            contents.prompts[name] = Prompts(prompts.prompt_length, prompts.gate_per_head, prompts.gate_activation)
     for module_name, module in named_modules(model).items():
         parameters = {join(module_name, name): p for name, p in module._parameters.items() if p is not None}
         contents.tensors |= {name: p for name, p in parameters.items() if name in own or p.requires_grad}
@@ -100,6 +108,8 @@ def put(where: str, model: nn.Module, contents: Contents) -> None:
                 adapted[layer] = _adapter(layer, name, contents)
             except (TypeError, ValueError) as error:
                 problems.append(f"{name}: {error}")
+    prompts = _prompts(model, contents, problems)
+    modules |= {join(name, PROMPTS): module for name, (_, module) in prompts.items()}
     targets: dict[str, Tensor] = {}
     for name, tensor in contents.tensors.items():
         target = _target(modules, adapted, name)
@@ -117,6 +127,8 @@ def put(where: str, model: nn.Module, contents: Contents) -> None:
             "on is accepted, in the same classes; nothing was changed"
         )
     replace(places(model, adapted), adapted)
+    if prompts:
+        attach(decoder_of(where, model), dict(prompts.values()))
     model.requires_grad_(False)
     for name, tensor in contents.tensors.items():
         targets[name].copy_(tensor)
@@ -129,6 +141,28 @@ def _adapter(layer: nn.Linear, name: str, contents: Contents) -> AdaptedLinear:
         return BiasScaleLinear.from_linear(layer, contents.bias_scale[name])  # type: ignore[arg-type]
     options = contents.lora[name]
     return LoRALinear.from_linear(layer, options.rank, options.alpha, options.dropout, use_rslora=options.use_rslora)
+
+
+def _prompts(
+    model: nn.Module, contents: Contents, problems: list[str]
+) -> dict[str, tuple[nn.Module, ZeroInitAttention]]:
+    """The attention modules that are to get prompts, with these; what does not fit is added to the problems."""
+    if not contents.prompts:
+        return {}
+    try:
+        decoder = decoder_of("prompts", model)
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+        return {}
+    modules, attentions = named_modules(model), {layer.self_attn for layer in decoder.layers}
+    found = {}
+    for name, options in contents.prompts.items():
+        attention = modules.get(name)
+        if attention is not None and attention in attentions:
+            found[name] = (attention, build(decoder, attention, options))
+        else:
+            problems.append(f"the model has no decoder layer with the attention {name}")
+    return found
 
 
 def _target(modules: dict[str, nn.Module], adapted: dict[nn.Module, AdaptedLinear], name: str) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from mmfast.nn import AdaptedLinear, BaseLinear, LoRALinear
+from mmfast.nn import AdaptedLinear, BaseLinear, LoRALinear, ZeroInitAttention
 
 __all__ = ["has_adapters", "has_lora", "lora_parameters"]
 
@@ -21,7 +21,7 @@ def has_lora(module: nn.Module) -> bool:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether any layer of `module` has an adapter of any kind."""
-    return any(isinstance(layer, AdaptedLinear) for layer in module.modules())
+    return any(isinstance(layer, (AdaptedLinear, ZeroInitAttention)) for layer in module.modules())
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfast.adapt.contents import Contents, Lora
+from mmfast.adapt.prompts import Prompts
 
 __all__ = ["PEFT_TYPE", "from_own", "to_own"]
 
@@ -24,6 +25,7 @@ def to_own(contents: Contents, why_not_peft: Sequence[str]) -> dict[str, Any]:
         "why_not_peft": list(why_not_peft),
         "lora": {name: asdict(options) for name, options in contents.lora.items()},
         "bias_scale": contents.bias_scale,
+        "prompts": {name: asdict(options) for name, options in contents.prompts.items()},
         "tensors": sorted(contents.tensors),
     }
 
@@ -42,6 +44,7 @@ def from_own(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Content
     contents = Contents(
         lora={name: Lora(**options) for name, options in config["lora"].items()},
         bias_scale=dict(config["bias_scale"]),
+        prompts={name: Prompts(**options) for name, options in config.get("prompts", {}).items()},
         tensors=dict(stored),
         keys={name: name for name in stored},
     )

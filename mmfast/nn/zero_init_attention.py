@@ -31,7 +31,8 @@ class ZeroInitAttention(nn.Module):
 
     Outside of training and where no gradient is wanted, the prompts' keys and values are kept from call to call; they
     are made again when the prompts, the projections, `prompt_bias` or the dtype change, and dropped by `train()` and
-    `eval()`. Only writes through `.data`, which PyTorch does not count, go unseen: `train()` or `eval()` after those.
+    `eval()`. Projections that hold other modules, as PEFT's LoRA does, are called every time. Only writes through
+    `.data`, which PyTorch does not count, go unseen: `train()` or `eval()` after those.
 
     Args:
         num_heads: H, of the queries.
@@ -74,7 +75,7 @@ class ZeroInitAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.prompt_length = prompt_length
         self.hidden_size = num_heads * head_dim if hidden_size is None else hidden_size
-        self.gate_activation = gate_activation
+        self.gate_per_head, self.gate_activation = gate_per_head, gate_activation
         self.prompt = nn.Parameter(torch.empty(prompt_length, self.hidden_size, device=device, dtype=dtype))
         self.gate = nn.Parameter(torch.empty(num_heads if gate_per_head else 1, device=device, dtype=dtype))
         self._cached: _Cached | None = None
@@ -96,6 +97,7 @@ class ZeroInitAttention(nn.Module):
         is_causal: bool = False,
         scale: float | None = None,
         prompt_bias: Tensor | None = None,
+        words: Tensor | None = None,
     ) -> Tensor:
         """Attends to the words and to the prompts.
 
@@ -104,14 +106,14 @@ class ZeroInitAttention(nn.Module):
             key_proj, value_proj: the layer's projections, from [..., C] to [..., Hkv · D].
             attn_mask, is_causal, scale: as in `F.scaled_dot_product_attention`; masks concern the words alone.
             prompt_bias [B, P, C] or [B, 1, C]: added to the prompts of each sample, an image's features for instance.
+            words [B, H, L, D]: the words' part, if another attention has computed it.
 
         Returns:
             [B, H, L, D] in the dtype of `query` (autocast's under autocast).
         """
         prompt_key, prompt_value = self.prompt_key_value(key_proj, value_proj, query.dtype, prompt_bias)
-        return zero_init_attention(
-            query, key, value, prompt_key, prompt_value, self.gate, attn_mask, is_causal, scale, self.gate_activation
-        )
+        tensors = query, key, value, prompt_key, prompt_value, self.gate
+        return zero_init_attention(*tensors, attn_mask, is_causal, scale, self.gate_activation, words)
 
     def prompt_key_value(
         self,
@@ -121,7 +123,8 @@ class ZeroInitAttention(nn.Module):
         prompt_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompts, [Hkv, P, D], or [B, Hkv, P, D] with `prompt_bias`; in `dtype`."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        composed = any(projection._modules for projection in (key_proj, value_proj))  # may have switches of their own
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or composed:
             return self._project(key_proj, value_proj, dtype, prompt_bias)
         if torch.is_autocast_enabled(self.prompt.device.type):
             dtype = torch.get_autocast_dtype(self.prompt.device.type)
@@ -175,5 +178,5 @@ class ZeroInitAttention(nn.Module):
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"prompt_length={self.prompt_length}, hidden_size={self.hidden_size}, "
-            f"gate_per_head={self.gate.numel() > 1 or self.num_heads == 1}, gate_activation={self.gate_activation!r}"
+            f"gate_per_head={self.gate_per_head}, gate_activation={self.gate_activation!r}"
         )

@@ -34,6 +34,7 @@ def reference(
     is_causal: bool = False,
     scale: float | None = None,
     gate_activation: str = "tanh",
+    words: Tensor | None = None,
 ) -> Tensor:
     """The definition: zero-initialised attention of LLaMA-Adapter.
 
@@ -52,6 +53,7 @@ def reference(
         attn_mask, is_causal: as in `F.scaled_dot_product_attention`.
         scale: of both products, default 1 / sqrt(D).
         gate_activation: act, "tanh" (the training code) or "identity" (the paper, the inference code, PEFT, LitGPT).
+        words [B, H, L, D]: the words' part, where it has been computed by other means.
 
     Returns:
         [B, H, L, D] in the dtype of `query` (autocast's under autocast).
@@ -61,7 +63,8 @@ def reference(
     Source: Zhang et al., "LLaMA-Adapter" (arXiv 2303.16199), equations 6 to 8; OpenGVLab/LLaMA-Adapter,
     alpaca_finetuning_v1/llama/model.py:99-129 (one matrix of scores, two softmaxes) and llama/model.py:135-152.
     """
-    words = _words(query, key, value, attn_mask, is_causal, scale)
+    if words is None:
+        words = _words(query, key, value, attn_mask, is_causal, scale)
     if prompt_key.dim() == 3:
         prompt_key, prompt_value = (x.expand(query.shape[0], *x.shape) for x in (prompt_key, prompt_value))
     prompts = _words(query, prompt_key, prompt_value, None, False, scale)
@@ -127,6 +130,7 @@ class Call(NamedTuple):
     is_causal: bool
     scale: float | None
     gate_activation: str
+    words: Tensor | None
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +148,7 @@ def check(
     is_causal: bool = False,
     scale: float | None = None,
     gate_activation: str = "tanh",
+    words: Tensor | None = None,
 ) -> Call:
     """The arguments of `zero_init_attention`, checked."""
     where = "zero_init_attention"
@@ -175,7 +180,10 @@ def check(
         )
     if not gate.dtype.is_floating_point:
         raise TypeError(f"{where}: gate is {gate.dtype}; expected a floating dtype")
+    if words is not None and words.shape != query.shape:
+        raise ValueError(f"{where}: words is {list(words.shape)}; expected the shape of query, {list(query.shape)}")
     tensors = {"key": key, "value": value, "prompt_key": prompt_key, "prompt_value": prompt_value, "gate": gate}
+    tensors |= {} if words is None else {"words": words}
     for name, tensor in tensors.items():
         if tensor.device != query.device:
             raise ValueError(f"{where}: {name} is on {tensor.device} but query on {query.device}; move one")
@@ -183,15 +191,18 @@ def check(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         prompt_key, prompt_value = prompt_key.to(dtype), prompt_value.to(dtype)
+        words = None if words is None else words.to(dtype)
     if query.dtype not in DTYPES:
         raise TypeError(f"{where}: query is {query.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in zip(tensors, (key, value, prompt_key, prompt_value), strict=False):
+    cast = [("key", key), ("value", value), ("prompt_key", prompt_key), ("prompt_value", prompt_value)]
+    cast += [] if words is None else [("words", words)]
+    for name, tensor in cast:
         if tensor.dtype != query.dtype:
             raise TypeError(
                 f"{where}: query is {query.dtype} and {name} is {tensor.dtype}; expected one dtype; cast one, or call "
                 "under torch.autocast"
             )
-    return Call(query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, scale, gate_activation)
+    return Call(query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, scale, gate_activation, words)
 
 
 def _cannot(call: Call, machine: Machine) -> str | None:
@@ -242,10 +253,11 @@ def _is_small(
     prompt_value: Tensor,
     gate: Tensor,
     gate_activation: str,
+    words: Tensor | None,
     backend: str | None,
 ) -> bool:
     """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
-    if not backends.plain((query, key, value, prompt_key, prompt_value, gate), backend):
+    if not backends.plain((query, key, value, prompt_key, prompt_value, gate, words), backend):
         return False
     if query.dim() != 4 or gate_activation not in GATE_ACTIVATIONS:
         return False
@@ -263,6 +275,7 @@ def _is_small(
         and (prompt_key.dim() == 3 or prompt_key.shape[:-3] == (batch,))
         and prompt_key.shape == prompt_value.shape
         and gate.shape in ((), (1,), (heads,), (1, heads, 1, 1))
+        and (words is None or (words.shape == query.shape and words.dtype == query.dtype))
     )
 
 
@@ -416,6 +429,7 @@ def zero_init_attention(
     is_causal: bool = False,
     scale: float | None = None,
     gate_activation: str = "tanh",
+    words: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -435,6 +449,8 @@ def zero_init_attention(
         attn_mask, is_causal: as in `F.scaled_dot_product_attention`, for the words alone.
         scale: of both products, default 1 / sqrt(D).
         gate_activation: "tanh" or "identity".
+        words [B, H, L, D]: the words' part, if another attention has computed it (FlashAttention, a paged cache); of
+            key and value only the shapes count then, and attn_mask and is_causal do not.
         backend: of the prompts' part: "cpu", "triton" or "reference"; default: the fastest that can.
 
     Returns:
@@ -450,14 +466,18 @@ def zero_init_attention(
 
     Source: Zhang et al., "LLaMA-Adapter" (arXiv 2303.16199), section 3.2, and its code: see `reference`.
     """
-    if _is_small(query, key, value, prompt_key, prompt_value, gate, gate_activation, backend):
-        arguments = (query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, scale, gate_activation)
+    tensors = query, key, value, prompt_key, prompt_value, gate
+    arguments = *tensors, attn_mask, is_causal, scale, gate_activation, words
+    if _is_small(*tensors, gate_activation, words, backend):
         return backends.checked_late(reference, check, *arguments)
-    call = check(query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, scale, gate_activation)
+    call = check(*arguments)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":
         return reference(*call)
-    words = _words(call.query, call.key, call.value, attn_mask, is_causal, scale)
+    if call.words is None:
+        words = _words(call.query, call.key, call.value, attn_mask, is_causal, scale)
+    else:
+        words = call.words if call.words.stride(3) == 1 else call.words.contiguous()
     act = _activated(gate, query, gate_activation)
     prompts = call.query, call.prompt_key, call.prompt_value, act
     factor = query.shape[3] ** -0.5 if scale is None else scale

@@ -225,6 +225,34 @@ def test_impossible_request(arguments: list[Tensor], request_: str, reason: str)
         OP.select(check(*arguments), on, request_)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("backend", [None, *BACKENDS, "reference"])
+def test_words_that_are_given_are_taken(backend: str | None, strided: bool) -> None:
+    tensors = some(key_heads=2)
+    words = torch.randn_like(tensors["query"])
+    words = words.mT.contiguous().mT if strided else words.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def ours(words: Tensor, **rest: Tensor) -> Tensor:
+        return zero_init_attention(*rest.values(), is_causal=True, words=words, backend=backend)
+
+    def added(words: Tensor, **rest: Tensor) -> Tensor:
+        return (
+            words + reference(*rest.values()) - reference(*(rest | {"gate": torch.zeros_like(rest["gate"])}).values())
+        )
+
+    tensors = {"words": words, **tensors}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    exact = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+    out, expected = ours(**leaves), added(**exact)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    for name in ("words", "query", "prompt_key", "prompt_value", "gate"):
+        torch.testing.assert_close(leaves[name].grad.double(), exact[name].grad, rtol=1e-4, atol=1e-5)
+    assert leaves["key"].grad is None and leaves["value"].grad is None
+
+
 def test_explain() -> None:
     assert explain(zero_init_attention, *sized(2)).splitlines() == [
         "zero_init_attention runs on: reference",
@@ -275,6 +303,16 @@ Q, P, G = torch.zeros(2, 4, 3, 8), torch.zeros(4, 5, 8), torch.zeros(4)
         ((Q, Q.half(), Q, P, P, G), TypeError, "query is torch.float32 and key is torch.float16; expected one dtype"),
         ((Q.long(), Q.long(), Q.long(), P.long(), P.long(), G), TypeError, "query is torch.int64; expected one of"),
         ((Q, Q, Q, P, P.to("meta"), G), ValueError, "prompt_value is on meta but query on cpu; move one"),
+        (
+            (Q, Q, Q, P, P, G, None, False, None, "tanh", Q[:1]),
+            ValueError,
+            r"words is \[1, 4, 3, 8\]; expected the shape",
+        ),
+        (
+            (Q, Q, Q, P, P, G, None, False, None, "tanh", Q.half()),
+            TypeError,
+            "query is .*32 and words is torch.float16",
+        ),
     ],
 )
 def test_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
