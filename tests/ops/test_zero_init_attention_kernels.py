@@ -93,9 +93,9 @@ def test_a_trained_mask_gets_its_gradient() -> None:
     sizes=st.fixed_dictionaries(
         {
             "batch": st.integers(1, 3),
-            "length": st.integers(1, 40),
-            "dim": st.integers(1, 70),
-            "prompts": st.integers(1, 32),
+            "length": st.integers(3, 40),
+            "dim": st.integers(3, 70),
+            "prompts": st.integers(2, 32),  # of a single one the query's part has no gradient
             "words": st.integers(2, 5),
             "key_heads": st.integers(1, 2),
             "per_sample": st.booleans(),
@@ -103,7 +103,7 @@ def test_a_trained_mask_gets_its_gradient() -> None:
     ),
     group=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),
-    needs=st.sets(st.sampled_from(NAMES)),
+    needs=st.sets(st.sampled_from(("query", *PROMPTS, "gate"))),
     layout=st.sampled_from(["view", "packed", "strided", "fused"]),
 )
 def test_cpu_any_size(sizes: Any, group: int, dtype: torch.dtype, needs: set[str], layout: str) -> None:
@@ -115,7 +115,9 @@ def test_cpu_any_size(sizes: Any, group: int, dtype: torch.dtype, needs: set[str
     elif layout == "fused":  # a part of the rows of a joint projection
         joint = torch.cat([tensors["query"].transpose(1, 2)] * 3, 2)
         tensors["query"] = joint[:, :, : tensors["query"].shape[1]].transpose(1, 2)
-    assert_close("cpu", tensors, needs)
+    # Given, for PyTorch's own attention in 16 bits is off by more than the part of the prompts may be.
+    words = torch.randn(tensors["query"].shape).to(dtype)
+    assert_close("cpu", tensors, needs, words=words)
 
 
 @pytest.mark.parametrize("needs", [c for n in range(5) for c in itertools.combinations(("query", *PROMPTS), n)])

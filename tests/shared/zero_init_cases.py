@@ -51,6 +51,8 @@ def run(
 ) -> dict[str, Tensor]:
     """The output, and the gradients that are needed, for a fixed gradient of the output."""
     leaves = {name: tensor.detach().requires_grad_(name in needs) for name, tensor in tensors.items()}
+    if "words" in options:
+        options["words"] = options["words"].to(leaves["query"])
     output = function(*leaves.values(), **options)
     assert output.dtype == leaves["query"].dtype
     found = {"output": output.detach()}
