@@ -89,16 +89,6 @@ def providers(case: Case, device: str) -> dict[str, harness.Provider]:
     return {name: partial(step, norm, arguments, leaves, grads) for name, norm in found.items()}
 
 
-def gate(case: Case, timed: dict[str, harness.Provider]) -> None:
-    """Raises unless all providers agree with eager."""
-    expected, limit = timed["eager"](), 1e-4 if case.dtype == torch.float32 else 2e-2
-    for name, run in timed.items():
-        for actual, e in zip(run(), expected, strict=True):
-            error = (actual - e).float().norm() / e.float().norm()
-            if not error <= limit:
-                raise AssertionError(f"{case} {name}: relative error {error:.1e}, allowed {limit:.1e}")
-
-
 def cases_of(device: str) -> list[Case]:
     bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
     modes = ("forward", "both, frozen", "both, trained")
@@ -116,7 +106,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in cases_of(options.device)[: 3 if options.quick else None]:
         timed = providers(case, options.device)
-        gate(case, timed)
+        harness.gate(timed, 1e-4 if case.dtype == torch.float32 else 2e-2, str(case))
         rounds = options.rounds * (1 if case.rows * case.hidden_size > 1 << 20 else 20)
         for name, timing in harness.measure(timed, options.device, rounds).items():
             rows.append({"case": str(case), "provider": name, **timing})

@@ -78,16 +78,6 @@ def providers(case: Case, device: str) -> dict[str, harness.Provider]:
     return {name: partial(step, function, arguments, grads) for name, function in found.items()}
 
 
-def gate(case: Case, timed: dict[str, harness.Provider]) -> None:
-    """Raises unless all providers agree with eager."""
-    expected, limit = timed["eager"](), 1e-5 if case.dtype == torch.float32 else 1e-2
-    for name, run in timed.items():
-        for actual, e in zip(run(), expected, strict=True):
-            error = (actual - e).float().norm() / e.float().norm()
-            if not error <= limit:
-                raise AssertionError(f"{case} {name}: relative error {error:.1e}, allowed {limit:.1e}")
-
-
 def cases_of(device: str) -> list[Case]:
     if device == "cuda":
         sizes: list[tuple[int, int, torch.dtype]] = [(8, 2048, torch.bfloat16), (1, 2048, torch.bfloat16)]
@@ -108,7 +98,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in cases_of(options.device)[: 2 if options.quick else None]:
         timed = providers(case, options.device)
-        gate(case, timed)
+        harness.gate(timed, 1e-5 if case.dtype == torch.float32 else 1e-2, str(case))
         rounds = options.rounds * (1 if case.batch * case.length > 256 else 20)
         for name, timing in harness.measure(timed, options.device, rounds).items():
             rows.append({"case": str(case), "provider": name, **timing})

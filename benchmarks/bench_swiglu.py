@@ -62,16 +62,6 @@ def providers(shape: tuple[int, int], dtype: torch.dtype, device: str, backward:
     return {name: lambda f=function: step(f) for name, function in implementations(gate, up).items()}
 
 
-def gate_results(timed: dict[str, harness.Provider], tolerance: float) -> None:
-    """Raises unless all providers agree with eager."""
-    expected = timed["eager"]()
-    for name, run in timed.items():
-        for found, wanted in zip(run(), expected, strict=True):
-            error = (found - wanted).float().norm() / wanted.float().norm()
-            if not error <= tolerance:
-                raise AssertionError(f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}")
-
-
 def main() -> None:
     options = harness.arguments(__doc__)
     rows: list[dict[str, Any]] = []
@@ -79,7 +69,7 @@ def main() -> None:
         for dtype in DTYPES[options.device]:
             for backward in (False, True):
                 timed = providers(shape, dtype, options.device, backward)
-                gate_results(timed, 1e-5 if dtype == torch.float32 else 1e-2)
+                harness.gate(timed, 1e-5 if dtype == torch.float32 else 1e-2)
                 kind = str(dtype).removeprefix("torch.")
                 case = f"{'both' if backward else 'forward'} {shape[0]}x{shape[1]} {kind}"
                 rounds = options.rounds * (1 if shape[0] * shape[1] > 1 << 20 else 20)

@@ -15,12 +15,13 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Provider = Callable[[], Any]
 
@@ -38,6 +39,16 @@ def allow_buffer_reuse() -> None:
         m_mmap_threshold, m_trim_threshold = -3, -1
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 31 - 1)
+
+
+def gate(timed: Mapping[str, Callable[[], Sequence[Tensor]]], limit: float, what: str = "") -> None:
+    """Raises unless the results of every provider are within `limit` of those of "eager", relative to their norms."""
+    expected = timed["eager"]()
+    for name, run in timed.items():
+        for found, wanted in zip(run(), expected, strict=True):
+            error = (found - wanted).float().norm() / wanted.float().norm()
+            if not error <= limit:
+                raise AssertionError(f"{what} {name}: relative error {error:.1e}, allowed {limit:.1e}".lstrip())
 
 
 def measure(
