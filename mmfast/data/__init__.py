@@ -5,7 +5,7 @@ from mmfast.data.images import load_image, pad_to_square
 from mmfast.data.order import BatchPlan, epoch_order
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample, load_samples, validate_sample, without_last_answer
-from mmfast.data.templates import TEMPLATES, ControlPiece, ImagePiece, Piece, Template, get_template
+from mmfast.data.templates import TEMPLATES, ControlPiece, MediaPiece, Piece, Template, get_template
 
 __all__ = [
     "TEMPLATES",
@@ -13,7 +13,7 @@ __all__ = [
     "ControlPiece",
     "Encoded",
     "EncodedDataset",
-    "ImagePiece",
+    "MediaPiece",
     "Piece",
     "Processor",
     "Sample",

@@ -57,7 +57,7 @@ class SupervisionReport:
 
 
 def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> SupervisionReport:
-    """Refuses a data set in which a sample has no supervised token; opens no image.
+    """Refuses a data set in which a sample has no supervised token; decodes no media.
 
     Args:
         dataset: to check.
@@ -75,7 +75,7 @@ def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> Supe
     tokens = supervised = longest = 0
     unsupervised: list[str] = []
     for index in tqdm(range(count), desc="checking samples", unit="sample", disable=count <= 2000):
-        encoded = dataset.processor.encode(dataset.samples[index], load_images=False)
+        encoded = dataset.processor.encode(dataset.samples[index], media_folder=dataset.media_folder, load_media=False)
         tokens += len(encoded.input_ids)
         longest = max(longest, len(encoded.input_ids))
         supervised += encoded.supervised_tokens

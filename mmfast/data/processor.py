@@ -1,4 +1,4 @@
-"""The processor: a sample becomes token ids, labels and pixel values; encoded samples become a batch."""
+"""The processor: a sample becomes token ids, labels and media; encoded samples become a batch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mmfast.data.images import load_image, pad_to_square
-from mmfast.data.samples import ImagePart, Sample, validate_sample
-from mmfast.data.templates import AnyPiece, ControlPiece, ImagePiece, Piece, Template, get_template
+from mmfast.data.samples import MediaPart, Sample, content_parts, validate_sample
+from mmfast.data.templates import AnyPiece, ControlPiece, MediaPiece, Piece, Template, get_template
 
 IGNORE = -100
 """The label of a position that is not learned."""
@@ -32,15 +32,17 @@ class Encoded:
 
     Args:
         id: of the sample.
-        input_ids: each image is `tokens_per_image` times the image token.
+        input_ids: each medium is so many times the image token as it has features.
         labels: as long as `input_ids`; the token itself where supervised, else -100. The model shifts them.
-        images: float32 [3, H, W] each, in order.
+        media: what `Processor.read_media` made of each medium, in order; for images float32 [3, H, W].
+        media_tokens: tokens of each medium, in order.
     """
 
     id: str
     input_ids: list[int]
     labels: list[int]
-    images: list[Tensor]
+    media: list[Any]
+    media_tokens: list[int]
 
     @property
     def supervised_tokens(self) -> int:
@@ -51,7 +53,10 @@ class Encoded:
 class Processor:
     """Turns samples into batches for one language model, one image encoder and one conversation template.
 
-    The text between two images is tokenised as one string. A token is supervised if its first character is; the
+    A system whose media are not single images of one size derives from it and overrides `media_kinds`,
+    `count_media`, `read_media`, `collate_media` and, for what it is set to, `adjustable` and `settings`.
+
+    The text between two media is tokenised as one string. A token is supervised if its first character is; the
     character offsets of the tokenizer tell, so the labels do not depend on how a tokenizer splits pieces of text.
     The space before an answer is part of the answer (see `Template`), and a token that begins in a prompt and ends
     in an answer is refused: encoding with `add_generation_prompt` gives exactly the ids that come before the answer
@@ -68,8 +73,8 @@ class Processor:
         image_token: the token that stands for one image feature. Its id may be beyond the language model's
             vocabulary: models replace it by image features and never look it up.
         tokens_per_image: image features of one image that reach the language model, at least 1.
-        max_length: the most tokens of a sample, image tokens included. Text at the end of a sample is cut to fit;
-            images never are.
+        max_length: the most tokens of a sample, those of media included. Text at the end of a sample is cut to
+            fit; media never are.
         pad_to_square: pad images to a square of the mean colour first, so that the encoder's centre crop sees all.
 
     Raises:
@@ -77,6 +82,11 @@ class Processor:
         ValueError: `tokens_per_image` or `max_length` below 1; a template that ends answers with the end-of-text
             token, and a tokenizer without one.
     """
+
+    media_kinds: ClassVar[tuple[str, ...]] = ("image",)
+    """Types of the parts of a sample that it reads."""
+    adjustable: ClassVar[tuple[str, ...]] = ("max_length", "pad_to_square")
+    """Attributes that may change after it was made; a trained model keeps them."""
 
     def __init__(
         self,
@@ -147,7 +157,7 @@ class Processor:
         sample: Sample,
         add_generation_prompt: bool = False,
         media_folder: str | os.PathLike[str] | None = None,
-        load_images: bool = True,
+        load_media: bool = True,
     ) -> Encoded:
         """Encodes one sample.
 
@@ -155,29 +165,54 @@ class Processor:
             sample: see `mmfast.data.samples`.
             add_generation_prompt: the sample ends with a question and the ids where the answer begins.
             media_folder: where the image paths of the sample start.
-            load_images: False leaves `images` empty and opens no file (to check or count tokens).
+            load_media: False leaves `media` empty and decodes nothing (to check or count tokens).
 
         Raises:
-            ValueError: names the sample: malformed, does not suit the template or the tokenizer, an image cannot be
-                read, its images do not fit in `max_length`, or it is a generation prompt that does not fit.
+            ValueError: names the sample: malformed, does not suit the template or the tokenizer, has media of
+                another kind, a medium cannot be read, its media do not fit in `max_length`, or it is a generation
+                prompt that does not fit.
         """
         validate_sample(sample, allow_empty_answers=add_generation_prompt)
         where = f"sample '{sample['id']}'"
+        self._check_kinds(sample, where)
         try:
             pieces = self.template.render(sample["messages"], add_generation_prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        input_ids, labels, end_of_images = self._tokenize(pieces, where)
+        parts = [piece.part for piece in pieces if isinstance(piece, MediaPiece)]
+        media_tokens = [self.count_media(part, media_folder, sample["id"]) for part in parts]
+        input_ids, labels, end_of_media = self._tokenize(pieces, media_tokens, where)
         if not input_ids:
             raise ValueError(f"{where}: not one token with template '{self.template.name}'; give it a text or an image")
         if len(input_ids) > self.max_length:
-            self._check_cut(len(input_ids), end_of_images, add_generation_prompt, where)
+            self._check_cut(len(input_ids), end_of_media, add_generation_prompt, where)
             input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
-        images: list[Tensor] = []
-        if load_images:
-            parts = [piece.part for piece in pieces if isinstance(piece, ImagePiece)]
-            images = [self._pixels(part, media_folder, sample["id"]) for part in parts]
-        return Encoded(sample["id"], input_ids, labels, images)
+        media = [self.read_media(part, media_folder, sample["id"]) for part in parts] if load_media else []
+        return Encoded(sample["id"], input_ids, labels, media, media_tokens)
+
+    def count_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> int:
+        """Tokens that a medium becomes. May read a file's header, and decodes nothing.
+
+        Raises:
+            ValueError: as `read_media`, as far as a header tells.
+        """
+        return self.tokens_per_image
+
+    def read_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Any:
+        """A medium as the encoder takes it: float32 [3, H, W] of an image.
+
+        Raises:
+            ValueError: as `load_image`.
+        """
+        image = load_image(part, media_folder, sample_id)
+        if self.pad_to_square:
+            image = pad_to_square(image, self.image_processor.image_mean)
+        pixels: Tensor = self.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        return pixels.to(torch.float32)
+
+    def collate_media(self, media: Sequence[Any]) -> dict[str, Tensor]:
+        """The media of a whole batch, at least one, in order, as arguments of the model."""
+        return {"pixel_values": torch.stack(list(media))}
 
     def collate(
         self, encoded: Sequence[Encoded], padding_side: Literal["left", "right"] = "right"
@@ -189,11 +224,11 @@ class Processor:
             padding_side: "right" to train, "left" to generate.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`: int64 [B, L]; `pixel_values`: float32 [num_images, 3, H, W], the
-            images of all samples in order, only if there is an image.
+            `input_ids`, `attention_mask`, `labels`: int64 [B, L]; and, only if there is a medium, what
+            `collate_media` makes of all media in order: for images `pixel_values`, float32 [num_images, 3, H, W].
 
         Raises:
-            ValueError: no samples, an unknown side, or a sample whose images do not match its image tokens.
+            ValueError: no samples, an unknown side, or a sample whose media do not match its image tokens.
         """
         if not encoded or padding_side not in ("left", "right"):
             raise ValueError(
@@ -201,11 +236,11 @@ class Processor:
                 "'left' or 'right'"
             )
         for item in encoded:
-            tokens, expected = item.input_ids.count(self.image_token_id), len(item.images) * self.tokens_per_image
-            if tokens != expected:
+            tokens = item.input_ids.count(self.image_token_id)
+            if tokens != sum(item.media_tokens) or len(item.media) != len(item.media_tokens):
                 raise ValueError(
-                    f"collate: sample '{item.id}' has {tokens} image tokens but {len(item.images)} images of "
-                    f"{self.tokens_per_image} tokens; encode it with load_images=True by this processor"
+                    f"collate: sample '{item.id}' has {tokens} image tokens and {len(item.media)} media, but its media "
+                    f"have {item.media_tokens} tokens; encode it with load_media=True by this processor"
                 )
         shape = (len(encoded), max(len(item.input_ids) for item in encoded))
         batch = {
@@ -219,10 +254,18 @@ class Processor:
             batch["input_ids"][row, place] = torch.tensor(item.input_ids)
             batch["attention_mask"][row, place] = 1
             batch["labels"][row, place] = torch.tensor(item.labels)
-        images = [image for item in encoded for image in item.images]
-        if images:
-            batch["pixel_values"] = torch.stack(images)
-        return batch
+        media = [medium for item in encoded for medium in item.media]
+        return batch | (self.collate_media(media) if media else {})
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the class beside tokenizer and image processor, the template by its name."""
+        return {
+            "template": self.template.name,
+            "image_token": self.image_token,
+            "tokens_per_image": self.tokens_per_image,
+            "max_length": self.max_length,
+            "pad_to_square": self.pad_to_square,
+        }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer, image processor (`preprocessor_config.json`) and `mmfast_processor.json` to `folder`."""
@@ -230,14 +273,7 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        settings = {
-            "template": self.template.name,
-            "image_token": self.image_token,
-            "tokens_per_image": self.tokens_per_image,
-            "max_length": self.max_length,
-            "pad_to_square": self.pad_to_square,
-        }
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / _SETTINGS).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -276,11 +312,23 @@ class Processor:
             **{**saved, **overrides},
         )
 
-    def _tokenize(self, pieces: Sequence[AnyPiece], where: str) -> tuple[list[int], list[int], int]:
-        """Ids and labels of `pieces`, and the length up to the end of the last image."""
+    def _check_kinds(self, sample: Sample, where: str) -> None:
+        for message in sample["messages"]:
+            for part in content_parts(message):
+                if part["type"] not in ("text", *self.media_kinds):
+                    raise ValueError(
+                        f"{where}: it has a part of type {part['type']!r}; this model reads text and "
+                        f"{', '.join(self.media_kinds)}; remove the part, or use a system that reads it"
+                    )
+
+    def _tokenize(
+        self, pieces: Sequence[AnyPiece], media_tokens: Sequence[int], where: str
+    ) -> tuple[list[int], list[int], int]:
+        """Ids and labels of `pieces`, and the length up to the end of the last medium."""
+        counts = iter(media_tokens)
         input_ids = list(self._bos_ids)
         labels = [IGNORE] * len(input_ids)
-        end_of_images = 0
+        end_of_media = 0
         segment: list[Piece | ControlPiece] = []
         for piece in [*pieces, None]:
             if isinstance(piece, Piece | ControlPiece):
@@ -291,13 +339,14 @@ class Processor:
             labels += [token if learn else IGNORE for token, learn in zip(ids, supervised, strict=True)]
             segment = []
             if piece is not None:
-                input_ids += [self.image_token_id] * self.tokens_per_image
-                labels += [IGNORE] * self.tokens_per_image
-                end_of_images = len(input_ids)
-        return input_ids, labels, end_of_images
+                count = next(counts)
+                input_ids += [self.image_token_id] * count
+                labels += [IGNORE] * count
+                end_of_media = len(input_ids)
+        return input_ids, labels, end_of_media
 
     def _tokenize_segment(self, pieces: Sequence[Piece | ControlPiece], where: str) -> tuple[list[int], list[bool]]:
-        """Ids of the text between two images and whether each is supervised."""
+        """Ids of the text between two media and whether each is supervised."""
         text, kinds = self._segment_text(pieces)
         if not text:
             return [], []
@@ -356,25 +405,19 @@ class Processor:
             "the text"
         )
 
-    def _check_cut(self, length: int, end_of_images: int, is_prompt: bool, where: str) -> None:
+    def _check_cut(self, length: int, end_of_media: int, is_prompt: bool, where: str) -> None:
         """Whether cutting the end of a sequence to `max_length` would cut what must stay."""
-        if end_of_images > self.max_length:
+        if end_of_media > self.max_length:
             raise ValueError(
-                f"{where}: its images end at token {end_of_images} but max_length is {self.max_length}; only text "
-                "after the last image can be cut; raise max_length, shorten the text before, or use fewer images"
+                f"{where}: its {' and '.join(self.media_kinds)}s end at token {end_of_media} but max_length is "
+                f"{self.max_length}; only text "
+                "after the last of them can be cut; raise max_length, shorten the text before, or use fewer"
             )
         if is_prompt:
             raise ValueError(
                 f"{where}: the prompt has {length} tokens but max_length is {self.max_length}; a prompt is not cut; "
                 "shorten it or raise max_length"
             )
-
-    def _pixels(self, part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Tensor:
-        image = load_image(part, media_folder, sample_id)
-        if self.pad_to_square:
-            image = pad_to_square(image, self.image_processor.image_mean)
-        pixels: Tensor = self.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        return pixels.to(torch.float32)
 
 
 def _begin_ids(tokenizer: Any) -> list[int]:

@@ -36,7 +36,8 @@ class ImagePart(TypedDict):
     image: Any
 
 
-Part: TypeAlias = TextPart | ImagePart
+MediaPart: TypeAlias = ImagePart
+Part: TypeAlias = TextPart | MediaPart
 
 
 class Message(TypedDict):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
-from mmfast.data.samples import ImagePart, Message, TextPart, content_parts
+from mmfast.data.samples import MediaPart, Message, TextPart, content_parts
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class ControlPiece:
 
 
 @dataclass(frozen=True)
-class ImagePiece:
-    """The place of an image; never supervised."""
+class MediaPiece:
+    """The place of a medium, such as an image; never supervised."""
 
-    part: ImagePart
+    part: MediaPart
     supervised: Literal[False] = False
 
 
-AnyPiece: TypeAlias = Piece | ControlPiece | ImagePiece
+AnyPiece: TypeAlias = Piece | ControlPiece | MediaPiece
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class Template:
         system: system text; a system turn in the conversation takes its place.
         system_format: how a non-empty system text is written; it has the field `{system}`.
         system_in_user: the system text stands after the first `user_prefix`, not before it.
-        keep_question: False drops the text of the question (and the system text) and keeps the images; there is
+        media_prefix: text before every medium, such as "<Img>".
+        media_suffix: text after every medium.
+        media_separator: what stands between a medium (with its suffix) and text that follows it.
+        keep_question: False drops the text of the question (and the system text) and keeps the media; there is
             one question then.
         eos: every answer ends with the tokenizer's end-of-text token.
         bos_between: every turn but the first begins with the tokenizer's begin-of-text token.
@@ -72,6 +75,9 @@ class Template:
     user_suffix: str = " ASSISTANT:"
     answer_prefix: str = " "
     answer_suffix: str = ""
+    media_prefix: str = ""
+    media_suffix: str = ""
+    media_separator: str = "\n"
     keep_question: bool = True
     eos: bool = True
     bos_between: bool = False
@@ -87,8 +93,8 @@ class Template:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[AnyPiece]:
         """The pieces of a conversation.
 
-        An image followed by text is written `<image>` newline text; of that text, the white space at its begin and
-        at the end of the turn is left out.
+        A medium followed by text is written medium, `media_separator`, text; of that text, the white space at its
+        begin and at the end of the turn is left out.
 
         Args:
             messages: an optional system turn, then user and assistant in turn (see `validate_sample`).
@@ -133,19 +139,21 @@ class Template:
 
     def _question(self, message: Message) -> list[AnyPiece]:
         parts = content_parts(message)
-        if not self.keep_question:
-            return [ImagePiece(part) for part in parts if part["type"] == "image"]
         pieces: list[AnyPiece] = []
-        for part in parts:
-            if part["type"] == "image":
-                pieces.append(ImagePiece(part))
-            elif pieces and isinstance(pieces[-1], ImagePiece):
-                text = part["text"].lstrip()
-                pieces += [Piece("\n" + text, supervised=False)] if text else []
-            else:
-                pieces.append(Piece(part["text"], supervised=False))
-        if len(pieces) > 1 and isinstance(pieces[-1], Piece) and isinstance(pieces[-2], ImagePiece):
-            pieces[-1] = Piece(pieces[-1].text.rstrip(), supervised=False)
+        after_media = False
+        for index, part in enumerate(parts):
+            if part["type"] != "text":
+                before, after = Piece(self.media_prefix, supervised=False), Piece(self.media_suffix, supervised=False)
+                pieces += [before, MediaPiece(part), after]
+                after_media = True
+            elif self.keep_question:
+                text = part["text"]
+                if after_media:
+                    text = text.lstrip()
+                    text = self.media_separator + text if text else ""
+                    text = text.rstrip() if index == len(parts) - 1 else text
+                pieces.append(Piece(text, supervised=False))
+                after_media = after_media and not text
         return pieces
 
 

@@ -31,7 +31,7 @@ def evaluate(
     """Measures exact match on questions with one right answer each.
 
     Args:
-        model_or_run: A model, or a folder that `Llava.from_pretrained` opens.
+        model_or_run: A model, or a folder that `mmfast.models.open_model` opens.
         data: `world:<split>`, or a JSON or JSONL file. The right answer of a sample is its `answer` or, without
             that, the text of its last turn.
         batch_size: Questions per batch; it changes the speed only.
@@ -161,11 +161,11 @@ def reference_answer(sample: Sample) -> str:
 
 
 def without_images(sample: Sample) -> Sample:
-    """The sample with every image part taken out of its turns."""
+    """The sample with every medium taken out of its turns."""
     from mmfast.data.samples import content_parts
 
     messages = [
-        {**message, "content": [part for part in content_parts(message) if part["type"] != "image"]}
+        {**message, "content": [part for part in content_parts(message) if part["type"] == "text"]}
         for message in sample["messages"]
     ]
     return cast(Any, {**sample, "messages": messages})
@@ -178,9 +178,9 @@ def _open(
         return model_or_run
     import torch
 
-    from mmfast.models import Llava
+    from mmfast.models import open_model
 
-    model = Llava.from_pretrained(model_or_run, llm=llm, encoder=encoder)
+    model = open_model(model_or_run, llm=llm, encoder=encoder)
     return cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
 
 

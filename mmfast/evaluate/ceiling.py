@@ -86,7 +86,7 @@ def _cell_features(model: MultimodalModel, samples: Sequence[Sample]) -> Tensor:
     processor: Any = model.processor
     features = []
     for start in range(0, len(samples), _BATCH):
-        images = [image for sample in samples[start : start + _BATCH] for image in processor.encode(sample).images]
+        images = [image for sample in samples[start : start + _BATCH] for image in processor.encode(sample).media]
         seen = model.encoder(torch.stack(images).to(model.device))
         features.append(seen.double().cpu())
     stacked = torch.cat(features)

@@ -63,7 +63,7 @@ def answer_batch(
     folder = None if media_folder is None else Path(media_folder)
     lengths = []
     for sample in samples:
-        prompt = encode_prompt(model, without_last_answer(sample), max_new_tokens, folder, load_images=False)
+        prompt = encode_prompt(model, without_last_answer(sample), max_new_tokens, folder, load_media=False)
         lengths.append(len(prompt.input_ids))
     # The longest come first: if a batch does not fit into memory, it is the first one.
     order = sorted(range(len(samples)), key=lambda index: -lengths[index])

@@ -95,7 +95,7 @@ def encode_prompt(
     sample: Sample,
     room: int = 1,
     media_folder: Path | None = None,
-    load_images: bool = True,
+    load_media: bool = True,
 ) -> Encoded:
     """Encodes a sample up to where its answer begins, whole: a prompt is never truncated.
 
@@ -106,7 +106,7 @@ def encode_prompt(
     # What the context holds is decided here; max_length is a setting of the training.
     untruncated = copy.copy(processor_of(model))
     untruncated.max_length = sys.maxsize
-    encoded = untruncated.encode(sample, add_generation_prompt=True, media_folder=media_folder, load_images=load_images)
+    encoded = untruncated.encode(sample, add_generation_prompt=True, media_folder=media_folder, load_media=load_media)
     used = len(encoded.input_ids)
     if used + room > limit:
         raise ValueError(

@@ -48,12 +48,12 @@ def chat(
     import torch
 
     from mmfast.generate.session import ChatSession, read_image
-    from mmfast.models import Llava
+    from mmfast.models import open_model
 
     # Images first: a wrong path shows before minutes are spent on loading a model.
     images = [read_image(path) for path in ([image] if isinstance(image, str) else image)]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    model: Any = Llava.from_pretrained(run, llm=llm, encoder=encoder)
+    model: Any = open_model(run, llm=llm, encoder=encoder)
     if torch.cuda.is_available():
         model = model.to("cuda")
     session = ChatSession(model, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MultimodalOutput",
     "Stage",
     "get_system",
+    "open_model",
 ]
 
 SYSTEMS = {"llava": "mmfast.models.llava:Llava"}
@@ -45,6 +47,30 @@ def get_system(name: str) -> type[Any]:
     module, _, attribute = SYSTEMS[name].partition(":")
     system: type[Any] = getattr(importlib.import_module(module), attribute)
     return system
+
+
+def open_model(
+    folder: str | Path, llm: str | Path | None = None, encoder: str | Path | None = None, dtype: Any = None
+) -> MultimodalModel:
+    """Opens a trained model of whatever system, as that system's `from_pretrained` does.
+
+    Args:
+        folder: A run folder, a folder of `save_trained`, or one that a system knows, such as transformers' LLaVA.
+        llm: The language model to use in place of the one written down, should it have moved.
+        encoder: The encoder to use in place of the one written down.
+        dtype: Dtype of the pretrained parts; by default the one they were saved or trained in.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model, or a pretrained part is not where it was.
+        ValueError: If it is of a system that this release does not have, or parts do not fit.
+    """
+    from mmfast.models.trained import find_trained, read_description
+
+    trained = find_trained(Path(folder).expanduser())
+    # Folders of other libraries hold a LLaVA, the only system that these have.
+    system = "llava" if trained is None else read_description(trained)["system"]
+    model: MultimodalModel = get_system(system).from_pretrained(folder, llm=llm, encoder=encoder, dtype=dtype)
+    return model
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A frozen encoder, a connector and a language model: features take the place of image tokens.
+"""A frozen encoder, a connector and a language model: features take the place of media tokens.
 
 The language model is held as transformers made it: it is fed `inputs_embeds` and nothing in it is rewritten.
 """
@@ -6,14 +6,18 @@ The language model is held as transformers made it: it is fed `inputs_embeds` an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmfast.models.architectures import text_config_named, vision_config_named
+from mmfast.models.parts import resolve_language_model, text_config_of
 from mmfast.models.stages import LoraSpec, Stage, StagedModel
+from mmfast.models.trained import find_trained, read_description, read_shapes, read_state
 from mmfast.ops import linear_cross_entropy
 from mmfast.ops.linear_cross_entropy import LossAndAccuracy
 
@@ -46,7 +50,9 @@ class MultimodalOutput(ModelOutput):
 class MultimodalModel(StagedModel, PreTrainedModel):
     """Encoder → connector → language model, with what the training loop and the generation need.
 
-    A system derives from it, names its parts and returns its published stages.
+    A system derives from it, says what it is called and how it is described (the class attributes), builds itself
+    in `from_parts` and returns its published `stages`. One whose features are not those of single images through the
+    connector overrides `media_features`.
 
     Args:
         config: Configuration with `image_token_id` and `text_config`.
@@ -59,6 +65,15 @@ class MultimodalModel(StagedModel, PreTrainedModel):
     Raises:
         ValueError: If the language model's logits are more than a linear map of its hidden states.
     """
+
+    system: ClassVar[str]
+    """Name of the system in `SYSTEMS`."""
+    bases: ClassVar[tuple[str, ...]] = ("llm", "encoder")
+    """Names of the pretrained parts, which are arguments of `from_parts`."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the configuration that are arguments of `from_parts` too; with `bases` they say it all."""
+    media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """Arguments of `forward`, `embed` and `generate` that hold media."""
 
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -83,7 +98,156 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         self.processor = processor
         self.lora_spec = None
         self.trained_parts = {"connector"}
+        self.base_names = dict.fromkeys(self.bases, "")
         self.post_init()
+
+    @classmethod
+    def from_parts(cls, llm: str | Path, encoder: str | Path, *args: Any, **settings: Any) -> Self:
+        """Puts fresh parts between a pretrained language model and a pretrained encoder.
+
+        Takes `dtype` and, by their names, what `settings` and further `bases` list.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say how it is built")
+
+    @classmethod
+    def skeleton(cls, llm: str | Path, encoder: str | Path, **settings: Any) -> Self:
+        """The model on the meta device, without weights, to count and to plan.
+
+        Args:
+            llm: As in `from_parts`, or a name in `architectures`, such as "lmsys/vicuna-7b-v1.5".
+            encoder: Likewise, such as "openai/clip-vit-large-patch14".
+            **settings: As in `from_parts`.
+
+        Raises:
+            FileNotFoundError: If a name is neither a folder nor known.
+        """
+        parts = {"text_config": text_config_named(llm), "vision_config": vision_config_named(encoder)}
+        config: Any = cls.config_class
+        with torch.device("meta"):
+            return cast(Any, cls)(config(**parts, **settings))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | Path,
+        llm: str | Path | None = None,
+        encoder: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Opens a trained model, its `processor` included, in eval mode.
+
+        Args:
+            folder: A folder of `save_trained`, or a run folder (its `model` is opened).
+            llm: The language model to use in place of the one written down, should it have moved.
+            encoder: The encoder to use in place of the one written down.
+            dtype: Dtype of the pretrained parts; by default the one they were trained in.
+
+        Raises:
+            FileNotFoundError: If the folder holds no model, or a pretrained part is not where it was.
+            ValueError: If it is a model of another system, or sizes or names do not fit; the message has both sides.
+        """
+        folder = Path(folder).expanduser()
+        trained = find_trained(folder)
+        if trained is None:
+            raise FileNotFoundError(
+                f"{cls.__name__}.from_pretrained: {folder} holds no trained model; a folder with mmfast.json or a "
+                "finished run folder (with model/mmfast.json) is accepted"
+            )
+        return cls._from_trained(trained, {"llm": llm, "encoder": encoder}, dtype)
+
+    @classmethod
+    def from_original(
+        cls,
+        source: str | Path,
+        llm: str | Path,
+        encoder: str | Path,
+        *,
+        template: str | None = None,
+        dtype: str = "float32",
+    ) -> tuple[Self, dict[str, str]]:
+        """The trained parts of a checkpoint in the layout that the system's authors published.
+
+        Only what the checkpoint holds has values; the pretrained parts may be on the meta device, so `save_trained`
+        and then `from_pretrained` give the model to run.
+
+        Args:
+            source: The file, or the folder that holds it.
+            llm: Folder of the language model that it was trained with, or "world".
+            encoder: Folder of the encoder that it was trained with, or "world".
+            template: Conversation template to chat with; None: the system's.
+            dtype: Dtype in which the pretrained parts are to be opened.
+
+        Returns:
+            The model, and the name in the checkpoint of each tensor by its name here.
+
+        Raises:
+            FileNotFoundError: If a file or folder does not exist.
+            ValueError: If it is a checkpoint of another system or size, or tensors are missing or unexpected.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no published layout that could be read")
+
+    def to_original(self, folder: str | Path) -> dict[str, str]:
+        """Writes the trained parts into `folder` as the system's authors published theirs.
+
+        Returns:
+            The name in the checkpoint of each tensor by its name here.
+
+        Raises:
+            ValueError: If that layout cannot hold what was trained.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no published layout that could be written")
+
+    def describe(self) -> dict[str, Any]:
+        """The parts and settings that `from_pretrained` needs beside the trained tensors."""
+        description = {
+            "system": self.system,
+            **self.base_names,
+            **{name: getattr(self.config, name) for name in self.settings},
+            "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        }
+        if self.processor is not None:
+            description["template"] = self.processor.template.name
+            adjusted = {name: getattr(self.processor, name) for name in self.processor.adjustable}
+            description["processor"] = adjusted
+        return description
+
+    @classmethod
+    def _from_trained(cls, folder: Path, moved: dict[str, str | Path | None], dtype: torch.dtype | None) -> Self:
+        where = f"{cls.__name__}.from_pretrained"
+        description = read_description(folder)
+        if description["system"] != cls.system:
+            raise ValueError(
+                f"{where}: {folder} holds a model of the system {description['system']!r}; {cls.system!r} is accepted; "
+                "mmfast.models.open_model opens every system"
+            )
+        names = {base: moved.get(base) or description[base] for base in cls.bases}
+        for base, name in names.items():
+            if name != "world" and not Path(name).expanduser().is_dir():
+                raise FileNotFoundError(
+                    f"{where}: {folder} was trained on the {base} {name!r}, which is not there; a local folder or "
+                    f'"world" is accepted; pass its new place: {where}({str(folder)!r}, {base}=...)'
+                )
+        # From headers and configurations alone, so that nothing large is loaded before the refusal.
+        widths = (
+            vision_config_named(names["encoder"]).hidden_size,
+            text_config_of(resolve_language_model(names["llm"])).hidden_size,
+        )
+        cls.check_shapes(where, read_shapes(folder), *widths)
+        chosen = {name: description[name] for name in cls.settings}
+        model = cls._rebuild(names, dtype or getattr(torch, description["dtype"]), chosen)
+        for name, value in description.get("processor", {}).items():
+            setattr(model.processor, name, value)
+        if description["lora"] is not None:
+            lora = description["lora"]
+            model.add_lora(LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
+        model.trained_parts = set(description["trained"])
+        model.load_trained_state(read_state(folder))
+        return model.eval()
+
+    @classmethod
+    def _rebuild(cls, names: dict[str, Any], dtype: torch.dtype, settings: dict[str, Any]) -> Self:
+        """The model on its pretrained parts, before what was trained is loaded."""
+        return cls.from_parts(**names, dtype=dtype, **settings)
 
     def init_weights(self) -> None:
         """Does nothing: each part comes with its weights."""
@@ -119,14 +283,29 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         model = self.language_model
         (getattr(model, name, None) or model.gradient_checkpointing_disable)()
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Embeds the text and puts the images' features, in batch order, where the image tokens are.
+    def media_features(self, pixel_values: Tensor) -> Tensor:
+        """Maps all media of a batch, at least one, to [N, C]: their features in order, the connector's included.
+
+        Its parameters are `media_inputs`; here `pixel_values` [n, 3, H, W] gives n · P rows.
+        """
+        features = self.encoder(pixel_values)
+        weight = next(self.connector.parameters(), features)
+        return self.connector(features.to(weight.device, weight.dtype)).flatten(0, -2)
+
+    @property
+    def features_per_medium(self) -> int | None:
+        """Rows of `media_features` that every medium becomes; None where they differ."""
+        return self.encoder.num_patches
+
+    def embed(self, input_ids: Tensor, **media: Tensor | None) -> Tensor:
+        """Embeds the text and puts the media's features, in batch order, where the image tokens are.
 
         The id of the image token is never looked up, so it may lie beyond the vocabulary.
 
         Args:
-            input_ids: [B, L] int64, with `num_patches` image tokens for each image.
-            pixel_values: [n, 3, H, W] float, the images of the whole batch; None or n = 0 for none.
+            input_ids: [B, L] int64, with as many image tokens for each medium as it has features.
+            **media: The `media_inputs` for the whole batch, such as `pixel_values` [n, 3, H, W] float; none, None or
+                n = 0 where there are no media.
 
         Returns:
             [B, L, C] in the embedding's dtype.
@@ -134,20 +313,19 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         Raises:
             ValueError: If the image tokens are not as many as the features.
         """
-        is_image = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        has_images = pixel_values is not None and pixel_values.shape[0] > 0
-        features = self._features(pixel_values) if has_images else self._no_features(embeds)
-        self._check_image_tokens(is_image, 0 if pixel_values is None else pixel_values.shape[0], features)
+        is_media = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
+        given = {name: value for name, value in media.items() if value is not None and len(value)}
+        features = self.media_features(**given) if given else None
+        self._check_media_tokens(is_media, 0 if features is None else len(features))
         if features is None:
-            return embeds
-        return embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+            return self._tied_to_trained(embeds)
+        return embeds.masked_scatter(is_media.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         loss_reduction: str = "mean",
@@ -159,25 +337,26 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         Args:
             input_ids: [B, L] int64; image tokens mark the places of the features.
             attention_mask: [B, L], 0 at padding, which may be on either side; position ids follow from it.
-            pixel_values: [n, 3, H, W] float, the images of the whole batch in its order.
             labels: [B, L] int64, aligned with `input_ids` (the shift is made here); -100 is not supervised.
-            inputs_embeds: [B, L, C], instead of `input_ids` and `pixel_values`.
+            inputs_embeds: [B, L, C], instead of `input_ids` and media.
             loss_reduction: "mean" or "sum" over the supervised tokens.
             output_logits: Whether to return logits; by default only without labels.
-            **kwargs: Passed to the language model.
+            **kwargs: The `media_inputs` for the whole batch in its order, such as `pixel_values` [n, 3, H, W] float;
+                the rest is passed to the language model.
 
         Raises:
             ValueError: If the image tokens are not as many as the features, or not exactly one of `input_ids`
                 and `inputs_embeds` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and pixel_values is not None):
+        media = self._take_media(kwargs)
+        if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and media):
             raise ValueError(
                 f"{type(self).__name__}: input_ids is {_given(input_ids)}, inputs_embeds {_given(inputs_embeds)}, "
-                f"pixel_values {_given(pixel_values)}; accepted are input_ids with or without pixel_values, or "
-                "inputs_embeds alone"
+                f"{', '.join(self.media_inputs)} {'given' if media else 'missing'}; accepted are input_ids with or "
+                "without media, or inputs_embeds alone"
             )
         if inputs_embeds is None:
-            inputs_embeds = self.embed(cast(Tensor, input_ids), pixel_values)
+            inputs_embeds = self.embed(cast(Tensor, input_ids), **media)
         _add_position_ids(kwargs, attention_mask, inputs_embeds)
         if labels is None:
             output = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -196,7 +375,6 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         streamer: Any = None,
         **generation_kwargs: Any,
     ) -> Any:
@@ -205,10 +383,10 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         Args:
             input_ids: [B, L] int64 prompts, padded on the left where their lengths differ.
             attention_mask: [B, L], 0 at padding; None where nothing is padded.
-            pixel_values: [n, 3, H, W] float, the images of the whole batch in its order.
             streamer: A streamer of transformers; it gets the new tokens as they come.
-            **generation_kwargs: Any option of transformers' `generate`. By default the stop tokens are those
-                of the language model's generation config and the tokenizer's end token.
+            **generation_kwargs: The `media_inputs` for the whole batch in its order, and any option of transformers'
+                `generate`. By default the stop tokens are those of the language model's generation config and the
+                tokenizer's end token.
 
         Returns:
             [B, new] int64: the new tokens only, padded on the right after a sequence's end.
@@ -224,48 +402,48 @@ class MultimodalModel(StagedModel, PreTrainedModel):
                 f"{type(self).__name__}.generate: the prompts of rows {padded} end in padding, from which nothing can "
                 'go on; padding on the left is accepted; collate with padding_side="left"'
             )
+        media = self._take_media(generation_kwargs)
         options = self._stop_tokens() | generation_kwargs
         if "generation_config" in generation_kwargs:
             options = generation_kwargs
         return self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, pixel_values),
+            inputs_embeds=self.embed(input_ids, **media),
             attention_mask=attention_mask,
             streamer=streamer,
             **options,
         )
 
-    def _features(self, pixel_values: Tensor | None) -> Tensor:
-        features = self.encoder(pixel_values)
-        weight = next(self.connector.parameters(), features)
-        return self.connector(features.to(weight.device, weight.dtype))
+    def _take_media(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Takes the media out of `kwargs`."""
+        media = {name: kwargs.pop(name, None) for name in self.media_inputs}
+        return {name: value for name, value in media.items() if value is not None}
 
-    def _no_features(self, embeds: Tensor) -> Tensor | None:
-        """An empty slice through the connector while it trains: its gradient is zero then, not absent.
+    def _tied_to_trained(self, embeds: Tensor) -> Tensor:
+        """The same values, on which what trains outside the language model has a gradient: zero, but not absent.
 
         Without it a batch of text alone has no graph in the stage that trains only the connector, and
         processes that train together would disagree on which parameters have gradients.
         """
-        weight = next(self.connector.parameters(), None)
-        if weight is None or not (weight.requires_grad and torch.is_grad_enabled()):
-            return None
-        size = (0, self.encoder.hidden_size)
-        return self.connector(torch.zeros(size, device=weight.device, dtype=weight.dtype))
+        if torch.is_grad_enabled():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad and not name.startswith("language_model."):
+                    embeds = embeds + parameter.flatten()[:0].sum().to(embeds)
+        return embeds
 
-    def _check_image_tokens(self, is_image: Tensor, images: int, features: Tensor | None) -> None:
-        tokens = is_image.sum(-1).tolist()
-        available = 0 if features is None else features.numel() // features.shape[-1]
-        patches = self.encoder.num_patches
+    def _check_media_tokens(self, is_media: Tensor, available: int) -> None:
+        tokens = is_media.sum(-1).tolist()
         if sum(tokens) != available:
             raise ValueError(
-                f"{type(self).__name__}: input_ids has {sum(tokens)} image tokens (id "
-                f"{self.config.image_token_id}) but pixel_values gives {available} features ({images} images of "
-                f"{patches}); equal numbers are accepted; let the processor encode text and images together"
+                f"{type(self).__name__}: input_ids has {sum(tokens)} image tokens (id {self.config.image_token_id}) "
+                f"but {', '.join(self.media_inputs)} gives {available} features; equal numbers are accepted; let the "
+                "processor encode text and media together"
             )
-        broken = [row for row, count in enumerate(tokens) if count % patches]
+        each = self.features_per_medium
+        broken = [row for row, count in enumerate(tokens) if each and count % each]
         if broken:
             raise ValueError(
                 f"{type(self).__name__}: row {broken[0]} of input_ids has {tokens[broken[0]]} image tokens but an "
-                f"image has {patches}; a multiple is accepted; truncate the text, never an image"
+                f"image has {each}; a multiple is accepted; truncate the text, never an image"
             )
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> MultimodalOutput:

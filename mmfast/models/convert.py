@@ -1,4 +1,4 @@
-"""The original LLaVA repository's projector becomes a model that `Llava.from_pretrained` opens, and back."""
+"""Published checkpoints become folders that `open_model` opens; LLaVA's projector is read and written here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmfast.connectors import build_connector
 from mmfast.encoders import ClipEncoder
+from mmfast.models import get_system
 from mmfast.models.llava import Llava, LlavaConfig
 from mmfast.models.llava_original import connector_kind, read_projector, write_projector
 from mmfast.models.parts import absolute_name, open_processor, resolve_language_model, text_config_of
@@ -23,40 +24,50 @@ def convert(
     out: str,
     llm: str,
     encoder: str,
-    template: str = "plain",
+    system: str = "llava",
+    template: str | None = None,
     vision_feature_layer: int = -2,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Turns the original LLaVA repository's `mm_projector.bin` into a folder that mmfast opens.
+    """Turns a checkpoint in the layout that a system's authors published into a folder that mmfast opens.
 
-    The sizes of the three parts are compared first, from configurations alone; the language model's and the
-    encoder's weights are not read at all. The projector becomes float32, which holds float16 and bfloat16
-    exactly.
+    The sizes of the parts are compared first, from configurations alone; the language model's and the encoder's
+    weights are not read at all. What was trained becomes float32, which holds float16 and bfloat16 exactly.
 
     Args:
-        source: The file mm_projector.bin, or the folder that holds it. LoRA adapters beside it are not converted.
+        source: The checkpoint's file, or the folder that holds it: for llava mm_projector.bin (LoRA adapters beside
+            it are not converted).
         out: Folder to write.
-        llm: Folder of the language model that the projector was trained with, or world.
-        encoder: Folder of the CLIP model that the projector was trained with, or world.
-        template: Conversation template to chat with. A projector alone is the result of the first stage: plain.
-        vision_feature_layer: Hidden states of the encoder that are its features (mm_vision_select_layer).
-        vision_feature_select_strategy: default drops the class token (patch), full keeps it (cls_patch).
+        llm: Folder of the language model that it was trained with, or world.
+        encoder: Folder of the encoder that it was trained with, or world.
+        system: Which system's checkpoint it is.
+        template: Conversation template to chat with. None: the system's own; for llava plain, for a projector alone
+            is the result of its first stage.
+        vision_feature_layer: For llava: hidden states of the encoder that are its features (mm_vision_select_layer).
+        vision_feature_select_strategy: For llava: default drops the class token (patch), full keeps it (cls_patch).
         dtype: Dtype in which the language model and the encoder are opened.
         overwrite: Whether a model that is already in the folder may be replaced.
 
     Returns:
-        The name in the original file of each key of the connector.
+        The name in the checkpoint of each tensor.
 
     Raises:
         FileNotFoundError: If a file or folder does not exist.
         FileExistsError: If the folder holds a model already.
-        ValueError: If the file is not a projector, or its sizes are not those of the two models.
+        ValueError: If there is no such system, the file is not its checkpoint, or sizes are not those of the models.
     """
+    model_class = get_system(system)
     if find_trained(Path(out)) is not None and not overwrite:
         raise FileExistsError(f"convert: {out} holds a model already; choose another folder or set overwrite")
-    state, names = read_projector(Path(source).expanduser())
+    if system != "llava":
+        model, names = model_class.from_original(source, llm, encoder, template=template, dtype=dtype)
+        model.save_trained(out)
+        _report(system, model.trained_state(), names, out)
+        return names
+    template = template or "plain"
+    state, keys = read_projector(Path(source).expanduser())
     kind = connector_kind(state)
     llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
     text = text_config_of(llm_folder)
@@ -84,6 +95,8 @@ def convert(
     model = Llava(config, tower, connector, language_model, processor)
     model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
     model.save_trained(out)
+    state = {f"connector.{key}": tensor for key, tensor in state.items()}
+    names = {f"connector.{key}": name for key, name in keys.items()}
     _report(kind, state, names, out)
     return names
 
@@ -98,7 +111,7 @@ def to_original(model: Llava, path: str | Path) -> dict[str, str]:
         path: The file to write; a file already there is replaced.
 
     Returns:
-        The name in the file of each key of the connector.
+        The name in the file of each tensor of the connector.
 
     Raises:
         ValueError: If the connector has no weights.
@@ -106,9 +119,9 @@ def to_original(model: Llava, path: str | Path) -> dict[str, str]:
     return write_projector(model, Path(path).expanduser())
 
 
-def _report(kind: str, state: dict[str, torch.Tensor], names: dict[str, str], out: str) -> None:
+def _report(what: str, state: dict[str, torch.Tensor], names: dict[str, str], out: str) -> None:
     width = max(len(name) for name in names.values())
-    print(f"{kind}: {len(names)} tensors")
+    print(f"{what}: {len(names)} tensors")
     for key, name in names.items():
-        print(f"  {name:<{width}} -> connector.{key} {list(state[key].shape)}")
+        print(f"  {name:<{width}} -> {key} {list(state[key].shape)}")
     print(f"written to {out}")

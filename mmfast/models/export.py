@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from mmfast.adapt import dequantize
 from mmfast.connectors import build_connector
 from mmfast.data import Sample
+from mmfast.models import open_model
+from mmfast.models.base import MultimodalModel
 from mmfast.models.llava import Llava, LlavaConfig
 from mmfast.models.llava_original import PROJECTOR_FILE, read_projector, write_original
 
@@ -33,20 +35,21 @@ def export(
     """Writes a trained model as a folder that other tools open, with LoRA merged in and without quantisation.
 
     The folder appears complete or not at all. Before it does, it is opened again and compared with the trained
-    model on a fixed prompt with an image; the largest difference of any logit is printed.
+    model: a LLaVA on a fixed prompt with an image, other systems by what was trained. The largest difference of any
+    logit, or of any value, is printed.
 
     Args:
         run: A run folder, or a folder with a saved model.
         out: Folder to write.
         to: hf is the layout of transformers' LlavaForConditionalGeneration, which vLLM and others read. original
-            is that of the LLaVA repository (llava_llama), with mm_projector.bin; it names the encoder and does
-            not hold it.
+            is that of the system's authors: for LLaVA the repository's (llava_llama), with mm_projector.bin, which
+            names the encoder and does not hold it; for other systems what was trained.
         llm: Folder of the language model, where it has moved since the training.
         encoder: Folder of the encoder, where it has moved since the training.
         overwrite: Whether a folder that is already there may be replaced.
 
     Returns:
-        The largest difference of any logit.
+        The largest difference.
 
     Raises:
         FileNotFoundError: If the run or one of its base models does not exist.
@@ -57,31 +60,51 @@ def export(
         raise ValueError(f"export: to is {to!r}; 'hf' and 'original' are accepted")
     target = Path(out).expanduser().resolve()
     _check_target(target, [run, llm, encoder], overwrite)
-    model = Llava.from_pretrained(run, llm=llm, encoder=encoder)
+    model = open_model(run, llm=llm, encoder=encoder)
     _check_target(target, list(model.base_names.values()), overwrite)
-    batch = _probe(model)
-    before = _logits(model, batch)
-    dequantize(model, model.get_input_embeddings().weight.dtype)
+    if not isinstance(model, Llava) and to == "hf":
+        raise ValueError(f"export: transformers has no layout for the system {model.system}; to 'original' is accepted")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename at the end stays on one file system.
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        if to == "hf":
-            model.save_pretrained(temporary)
-            del model
-            after = _logits(Llava.from_pretrained(temporary), batch)
-        else:
-            write_original(model, temporary)
-            after = _logits(_open_original(model, temporary), batch)
-        drift = _drift(before, after)
+        write = _write_llava if isinstance(model, Llava) else _write_trained
+        drift, report = write(cast(Any, model), temporary, to)
         temporary.chmod(0o755)
         _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    largest = before.abs().max().item()
     print(f"written to {out}")
-    print(f"largest difference of a logit, exported against trained: {drift:.3g} (largest logit {largest:.3g})")
+    print(report)
     return drift
+
+
+def _write_llava(model: Llava, folder: Path, to: str) -> tuple[float, str]:
+    """Writes a LLaVA, opens it again and compares logits."""
+    batch = _probe(model)
+    before = _logits(model, batch)
+    dequantize(model, model.get_input_embeddings().weight.dtype)
+    if to == "hf":
+        model.save_pretrained(folder)
+        del model
+        after = _logits(Llava.from_pretrained(folder), batch)
+    else:
+        write_original(model, folder)
+        after = _logits(_open_original(model, folder), batch)
+    drift, largest = _drift(before, after), before.abs().max().item()
+    return drift, (
+        f"largest difference of a logit, exported against trained: {drift:.3g} (largest logit {largest:.3g})"
+    )
+
+
+def _write_trained(model: MultimodalModel, folder: Path, to: str) -> tuple[float, str]:
+    """Writes what was trained in the authors' layout, reads it again and compares the tensors."""
+    model.to_original(folder)
+    names = model.base_names
+    read, _ = type(model).from_original(folder, names["llm"], names["encoder"])
+    state = read.trained_state()
+    drift = max((tensor - state[name]).abs().max().item() for name, tensor in model.trained_state().items())
+    return drift, f"largest difference of a value, exported against trained: {drift:.3g}"
 
 
 def _check_target(target: Path, sources: list[str | None], overwrite: bool) -> None:

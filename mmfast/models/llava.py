@@ -26,21 +26,13 @@ from mmfast.models.parts import (
     text_config_of,
 )
 from mmfast.models.stages import LoraSpec, Stage
-from mmfast.models.trained import (
-    check_projector_widths,
-    find_trained,
-    read_description,
-    read_shapes,
-    read_state,
-)
+from mmfast.models.trained import find_trained
 
 if TYPE_CHECKING:
     from mmfast.data import Processor
 
 __all__ = ["Llava", "LlavaConfig"]
 
-_SETTINGS = ("connector", "vision_feature_layer", "vision_feature_select_strategy", "template")
-_PROCESSOR_SETTINGS = ("max_length", "pad_to_square")
 # LLaVA-1.5: scripts/v1_5/{pretrain,finetune,finetune_lora}.sh.
 _STAGES_V1_5 = {
     "align": Stage("align", "plain", {"connector": 1e-3}),
@@ -110,6 +102,8 @@ class Llava(MultimodalModel):
     """
 
     config_class = LlavaConfig
+    system = "llava"
+    settings = ("connector", "vision_feature_layer", "vision_feature_select_strategy", "template")
 
     def __init__(
         self,
@@ -128,7 +122,6 @@ class Llava(MultimodalModel):
         if connector is None:
             connector = build_connector(config.connector, encoder.hidden_size, _width(language_model))
         super().__init__(config, encoder, connector, language_model, processor)
-        self.base_names = {"llm": "", "encoder": ""}
 
     @classmethod
     def from_parts(
@@ -202,7 +195,7 @@ class Llava(MultimodalModel):
         folder = Path(folder).expanduser()
         trained = find_trained(folder)
         if trained is not None:
-            return cls._from_trained(trained, llm, encoder, dtype)
+            return cls._from_trained(trained, {"llm": llm, "encoder": encoder}, dtype)
         if not is_llava_folder(folder):
             raise FileNotFoundError(
                 f"Llava.from_pretrained: {folder} holds no LLaVA model; a folder with mmfast.json, a finished run "
@@ -231,49 +224,11 @@ class Llava(MultimodalModel):
         """The published "align", "instruct" and "instruct_lora", for the connector's generation of LLaVA."""
         return dict(_STAGES_V1 if self.config.connector == "linear" else _STAGES_V1_5)
 
-    def describe(self) -> dict[str, Any]:
-        """The parts and settings that `from_pretrained` needs beside the trained tensors."""
-        description = {
-            "system": "llava",
-            **self.base_names,
-            **{name: getattr(self.config, name) for name in _SETTINGS},
-            "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        }
-        if self.processor is not None:
-            description["template"] = self.processor.template.name
-            description["processor"] = {name: getattr(self.processor, name) for name in _PROCESSOR_SETTINGS}
-        return description
-
     @classmethod
-    def _from_trained(
-        cls, folder: Path, llm: str | Path | None, encoder: str | Path | None, dtype: torch.dtype | None
-    ) -> Llava:
-        where = "Llava.from_pretrained"
-        description = read_description(folder)
-        names = {"llm": llm or description["llm"], "encoder": encoder or description["encoder"]}
-        for part, name in names.items():
-            if name != "world" and not Path(name).expanduser().is_dir():
-                raise FileNotFoundError(
-                    f"{where}: {folder} was trained on the {part} {name!r}, which is not there; a local folder or "
-                    f'"world" is accepted; pass its new place: Llava.from_pretrained({str(folder)!r}, {part}=...)'
-                )
-        # From headers and configurations alone, so that nothing large is loaded before the refusal.
-        widths = (_vision_width(names["encoder"]), text_config_of(resolve_language_model(names["llm"])).hidden_size)
-        check_projector_widths(where, read_shapes(folder), *widths)
-        dtype = dtype or getattr(torch, description["dtype"])
+    def _rebuild(cls, names: dict[str, Any], dtype: torch.dtype, settings: dict[str, Any]) -> Llava:
         if names["llm"] == names["encoder"] and is_llava_folder(Path(names["llm"])):
-            model = cls._from_transformers(Path(names["llm"]), dtype)
-        else:
-            chosen = {name: description[name] for name in _SETTINGS}
-            model = cls.from_parts(names["llm"], names["encoder"], dtype=dtype, **chosen)
-        for name, value in description.get("processor", {}).items():
-            setattr(model.processor, name, value)
-        if description["lora"] is not None:
-            lora = description["lora"]
-            model.add_lora(LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
-        model.trained_parts = set(description["trained"])
-        model.load_trained_state(read_state(folder))
-        return model.eval()
+            return cls._from_transformers(Path(names["llm"]), dtype)
+        return super()._rebuild(names, dtype, settings)
 
     @classmethod
     def _from_transformers(cls, folder: Path, dtype: torch.dtype | None) -> Llava:
@@ -305,8 +260,3 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -
 
 def _width(language_model: PreTrainedModel) -> int:
     return cast(Any, language_model.get_input_embeddings()).weight.shape[1]
-
-
-def _vision_width(name: str | Path) -> int:
-    config: Any = AutoConfig.from_pretrained(ClipEncoder.resolve(name))
-    return getattr(config, "vision_config", config).hidden_size

@@ -109,7 +109,7 @@ def write_projector(model: Llava, path: Path) -> dict[str, str]:
     """Writes the connector as the original's `mm_projector.bin`, in its own dtype, whole or not at all.
 
     Returns:
-        The name in the file of each key of the connector.
+        The name in the file of each tensor of the connector.
 
     Raises:
         ValueError: If the connector has no parameters, and so nothing to write.
@@ -130,7 +130,7 @@ def write_projector(model: Llava, path: Path) -> dict[str, str]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return {key: _PREFIX + key for key in state}
+    return {f"connector.{key}": _PREFIX + key for key in state}
 
 
 def write_original(model: Llava, folder: Path) -> None:

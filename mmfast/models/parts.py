@@ -67,13 +67,30 @@ def open_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def open_processor(tokenizer_folder: Path, image_folder: Path, template: str, tokens_per_image: int) -> Processor:
-    """Joins the language model's tokenizer and the encoder's image processor."""
+def open_processor(
+    tokenizer_folder: Path,
+    image_folder: Path,
+    template: str,
+    tokens_per_image: int,
+    kind: type[Processor] | None = None,
+    **settings: Any,
+) -> Processor:
+    """Joins the language model's tokenizer and the encoder's image processor.
+
+    Args:
+        tokenizer_folder: Folder of the language model.
+        image_folder: Folder of the encoder.
+        template: Name of the conversation template.
+        tokens_per_image: Features of one medium.
+        kind: Class of the processor; None: `mmfast.data.Processor`.
+        **settings: Further arguments of that class.
+    """
     from mmfast.data import Processor, get_template
 
-    return Processor(
+    return (kind or Processor)(
         AutoTokenizer.from_pretrained(tokenizer_folder),
         AutoImageProcessor.from_pretrained(image_folder),
         template=get_template(template),
         tokens_per_image=tokens_per_image,
+        **settings,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from mmfast.adapt import add_lora, has_lora, lora_parameters, merge
 from mmfast.models.trained import check_projector_widths, check_state, write_trained
 
-__all__ = ["LLAMA_LINEARS", "PARTS", "LoraSpec", "Stage", "StagedModel"]
+__all__ = ["LLAMA_LINEARS", "LoraSpec", "Stage", "StagedModel"]
 
-PARTS = ("encoder", "connector", "language_model", "lora")
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -42,7 +41,7 @@ class Stage:
     template: str
     """Name of the conversation template its data is rendered with."""
     train: Mapping[str, float]
-    """Learning rate of each trained part: "connector", "language_model", "lora" or "encoder"."""
+    """Learning rate of each trained part, such as "connector", "language_model" or "lora"."""
     lora: LoraSpec | None = None
     """Adapters that the stage needs; they are added when absent."""
 
@@ -50,13 +49,19 @@ class Stage:
 class StagedModel(nn.Module):
     """The half of a model that knows its parts: what trains, with which rate, and what has to be kept.
 
+    A system with other parts names them in `parts`, with `frozen_parts` those that no stage may train, and says in
+    `part_parameters` what belongs to each.
+
     Attributes:
-        encoder: Frozen in every stage; has `hidden_size`.
-        connector: Trained in every published stage, and always saved.
+        encoder: Has `hidden_size`.
+        connector: Always saved.
         language_model: A causal language model of transformers.
         lora_spec: The LoRA that the language model has.
         trained_parts: Every part that a stage trained so far; these are saved.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("encoder", "connector", "language_model", "lora")
+    frozen_parts: ClassVar[tuple[str, ...]] = ("encoder",)
 
     encoder: Any
     connector: nn.Module
@@ -95,10 +100,10 @@ class StagedModel(nn.Module):
         """The parameters of a part by their full names, each once.
 
         Raises:
-            ValueError: If the part is not one of "encoder", "connector", "language_model" and "lora".
+            ValueError: If the part is not one of `parts`.
         """
-        if part not in PARTS:
-            raise ValueError(f"{type(self).__name__}: the part is {part!r}; accepted are {', '.join(PARTS)}")
+        if part not in self.parts:
+            raise ValueError(f"{type(self).__name__}: the part is {part!r}; accepted are {', '.join(self.parts)}")
         adapters = {f"language_model.{name}": p for name, p in lora_parameters(self.language_model).items()}
         if part == "lora":
             return adapters
@@ -134,7 +139,7 @@ class StagedModel(nn.Module):
         """A table of the trainable and all parameters of each part."""
         rows = [("part", "trainable", "total")]
         sums = [0, 0]
-        for part in PARTS:
+        for part in self.parts:
             parameters = self.part_parameters(part).values()
             counts = [sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)]
             sums = [total + count for total, count in zip(sums, counts, strict=True)]
@@ -145,7 +150,7 @@ class StagedModel(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Every tensor that any stage so far trained, by its full name; a tied weight appears once."""
-        parts = [part for part in PARTS if part in self.trained_parts]
+        parts = [part for part in self.parts if part in self.trained_parts]
         return {name: p.detach() for part in parts for name, p in self.part_parameters(part).items()}
 
     @torch.no_grad()
@@ -157,11 +162,22 @@ class StagedModel(nn.Module):
         """
         where = f"{type(self).__name__}.load_trained_state"
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        check_projector_widths(where, shapes, self.encoder.hidden_size, self._width)
+        self.check_shapes(where, shapes, self.encoder.hidden_size, self._width)
         own = self.trained_state()
         check_state(where, own, state)
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+    @classmethod
+    def check_shapes(
+        cls, where: str, shapes: Mapping[str, tuple[int, ...]], encoder_size: int, hidden_size: int
+    ) -> None:
+        """Refuses trained tensors made for an encoder or a language model of another width, by their shapes alone.
+
+        Raises:
+            ValueError: If a width differs; the message has both.
+        """
+        check_projector_widths(where, shapes, encoder_size, hidden_size)
 
     def save_trained(self, folder: str | Path) -> None:
         """Writes `trained.safetensors` and `mmfast.json`, which `from_pretrained` opens on the same base models.
@@ -175,7 +191,7 @@ class StagedModel(nn.Module):
                 "this model's add_lora, set_stage and merge_lora is accepted; use those"
             )
         lora = None if self.lora_spec is None else asdict(self.lora_spec)
-        trained = [part for part in PARTS if part in self.trained_parts]
+        trained = [part for part in self.parts if part in self.trained_parts]
         write_trained(Path(folder), self.trained_state(), {**self.describe(), "lora": lora, "trained": trained})
 
     @property
@@ -185,12 +201,10 @@ class StagedModel(nn.Module):
 
     def _check_stage(self, stage: Stage) -> None:
         where = f"{type(self).__name__}.set_stage: the stage {stage.name!r}"
-        unknown = [part for part in stage.train if part not in PARTS]
-        if unknown or "encoder" in stage.train:
-            raise ValueError(
-                f"{where} trains {', '.join(unknown) or 'encoder'}; accepted are connector, language_model and lora; "
-                "the encoder stays frozen"
-            )
+        accepted = [part for part in self.parts if part not in self.frozen_parts]
+        refused = [part for part in stage.train if part not in accepted]
+        if refused:
+            raise ValueError(f"{where} trains {', '.join(refused)}; accepted are {', '.join(accepted)}")
         if stage.lora is not None and self.lora_spec is not None and stage.lora != self.lora_spec:
             raise ValueError(
                 f"{where} needs {stage.lora} but the model has {self.lora_spec}; the same is accepted; call "

@@ -30,7 +30,7 @@ class MicroBatch:
     ids: list[str]
     """The samples' ids, for messages."""
     inputs: dict[str, Tensor]
-    """input_ids, attention_mask, labels and, with images, pixel_values; on the CPU."""
+    """input_ids, attention_mask, labels and, where there are media, the model's `media_inputs`; on the CPU."""
 
     def pin_memory(self) -> MicroBatch:
         """The same in page-locked memory; the loader calls it where there is a GPU."""

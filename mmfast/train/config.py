@@ -95,16 +95,19 @@ class StageConfig:
 class TrainConfig:
     """A whole training run. Saved as `config.yaml` in the run folder; `--resume` reads it back."""
 
-    system: Literal["llava"] = "llava"
-    """Which system is trained."""
+    system: str = "llava"
+    """Which system is trained, a name in `mmfast.models.SYSTEMS`."""
     llm: str = ""
     """The language model: a local folder, or `world` for the one in the package. Nothing is downloaded."""
     encoder: str = ""
     """The frozen image encoder: a local folder, or `world` for the one in the package."""
-    connector: str = "mlp2x_gelu"
-    """What joins the two: linear, mlp<depth>x_gelu or identity."""
+    connector: str | None = None
+    """What joins the two, for systems that have a choice: for LLaVA linear, mlp<depth>x_gelu or identity. None: the
+    system's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the system, by the names of its `from_parts`."""
     start_from: str | None = None
-    """A finished run (or saved model folder) whose connector this run starts with. None: a fresh connector."""
+    """A finished run (or saved model folder) whose trained parts this run starts with. None: fresh ones."""
     data: str | None = None
     """Training samples: a JSON or JSONL file, or world:<split> for the embedded world. A stage may name its own."""
     media_folder: str | None = None
@@ -133,7 +136,10 @@ class TrainConfig:
     """The run stops when more than so many steps had to be skipped because of a loss that is not finite."""
 
     def __post_init__(self) -> None:
-        _check(self.system == "llava", "system", self.system, "llava")
+        from mmfast.models import SYSTEMS
+
+        _check(self.system in SYSTEMS, "system", self.system, " or ".join(SYSTEMS))
+        _check(isinstance(self.options, dict), "options", self.options, "a mapping of settings by name")
         _check(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
         for name in ("max_length", "log_every", "save_every", "keep_checkpoints"):
@@ -169,6 +175,8 @@ def load_recipe(name: str) -> TrainConfig:
     Raises:
         ValueError: If there is no such recipe.
     """
+    if name not in recipe_names() and name.replace("-7b", "") in recipe_names():
+        name = name.replace("-7b", "")  # a recipe of one size is of that size
     if name not in recipe_names():
         raise ValueError(f"recipe: {name!r} is not known; the recipes are {', '.join(recipe_names())}")
     text = (resources.files("mmfast") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")

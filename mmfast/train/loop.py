@@ -51,7 +51,7 @@ class TrainResult:
     model: MultimodalModel
     """The trained model, in evaluation mode."""
     out: Path
-    """The run folder; `Llava.from_pretrained` opens it."""
+    """The run folder; `mmfast.models.open_model` opens it."""
     stages: list[StageResult]
     """The stages in order, those finished before a resume included."""
     steps: int
@@ -227,7 +227,7 @@ def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch])
     finite = math.isfinite(result.loss) and math.isfinite(norm)
     if finite:
         # A window of text alone has no gradient for the connector: the first with images is judged.
-        if not progress.gradients_checked and (result.images or "connector" not in stage.train):
+        if not progress.gradients_checked and (result.media or "connector" not in stage.train):
             check_gradients(run.model, stage, window)
             progress.gradients_checked = True
         optimizer.step()

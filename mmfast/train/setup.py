@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmfast.train.config import StageConfig, TrainConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
-__all__ = ["build_model", "enter_stage", "resolve_stage", "set_processor", "torch_dtype"]
+__all__ = ["build_model", "enter_stage", "resolve_stage", "set_processor", "system_options", "torch_dtype"]
 
 
 def torch_dtype(config: TrainConfig) -> torch.dtype:
@@ -24,22 +24,41 @@ def torch_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def build_model(config: TrainConfig) -> MultimodalModel:
-    """The model that a run starts with: pretrained parts and, unless `start_from` says otherwise, a fresh connector.
+    """The model that a run starts with: pretrained parts and, unless `start_from` says otherwise, fresh others.
 
     Raises:
         FileNotFoundError: If a part or `start_from` is not there.
-        ValueError: If sizes do not fit, or `start_from` trained more than a connector.
+        ValueError: If sizes do not fit, an option is not one of the system's, or `start_from` trained the language
+            model.
     """
     from mmfast.models import get_system
 
-    model: MultimodalModel = get_system(config.system).from_parts(
-        config.llm, config.encoder, connector=config.connector, dtype=torch_dtype(config)
-    )
+    system = get_system(config.system)
+    options = system_options(config, system)
+    model: MultimodalModel = system.from_parts(config.llm, config.encoder, dtype=torch_dtype(config), **options)
     if config.start_from:
-        model.load_trained_state(_connector_of(config.start_from))
+        _start_from(model, config.start_from)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def system_options(config: TrainConfig, system: type[MultimodalModel]) -> dict[str, Any]:
+    """The settings that the configuration gives `from_parts`.
+
+    Raises:
+        ValueError: If the system has no setting of a name.
+    """
+    options = dict(config.options)
+    if config.connector is not None:
+        options["connector"] = config.connector
+    accepted = [*system.settings, *(base for base in system.bases if base not in ("llm", "encoder"))]
+    unknown = [name for name in options if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"train: the system {config.system} has no setting {', '.join(unknown)}; accepted are {', '.join(accepted)}"
+        )
+    return options
 
 
 def resolve_stage(model: MultimodalModel, config: StageConfig) -> Stage:
@@ -98,8 +117,8 @@ def set_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max
         processor.pad_to_square = config.pad_to_square
 
 
-def _connector_of(folder: str) -> dict[str, Tensor]:
-    from mmfast.models.trained import find_trained, read_state
+def _start_from(model: MultimodalModel, folder: str) -> None:
+    from mmfast.models.trained import find_trained, read_description, read_state
 
     found = find_trained(Path(folder).expanduser())
     if found is None:
@@ -108,11 +127,17 @@ def _connector_of(folder: str) -> dict[str, Tensor]:
             "save_trained, is accepted; train the recipe of the first stage, or set start_from to null to begin with "
             "an untrained connector"
         )
-    state = read_state(found)
-    others = sorted({name.partition(".")[0] for name in state} - {"connector"})
+    description = read_description(found)
+    if description["system"] != model.system:
+        raise ValueError(
+            f"train: start_from is {folder}, a model of the system {description['system']}; one of {model.system} is "
+            "accepted"
+        )
+    others = [part for part in ("language_model", "lora") if part in description["trained"]]
     if others:
         raise ValueError(
-            f"train: start_from is {folder}, which also trained {', '.join(others)}; a run that trained the "
-            "connector alone is accepted"
+            f"train: start_from is {folder}, which also trained {', '.join(others)}; a run that left the language "
+            "model as it was is accepted"
         )
-    return state
+    model.trained_parts |= set(description["trained"])
+    model.load_trained_state(read_state(found))

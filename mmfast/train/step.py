@@ -36,7 +36,8 @@ class WindowResult:
     correct_tokens: int
     tokens: int
     """All tokens that are not padding."""
-    images: int
+    media: int
+    """Rows of the media that went in; 0 where there was text alone."""
 
 
 def build_optimizer(model: MultimodalModel, stage: Stage, config: StageConfig) -> torch.optim.AdamW:
@@ -79,9 +80,9 @@ def accumulate_gradients(
     counts = [
         sum(supervised_tokens(batch.inputs["labels"]) for batch in window),
         sum(int(batch.inputs["attention_mask"].sum()) for batch in window),
-        sum(len(batch.inputs["pixel_values"]) for batch in window if "pixel_values" in batch.inputs),
+        sum(len(batch.inputs[name]) for batch in window for name in model.media_inputs if name in batch.inputs),
     ]
-    supervised, tokens, images = _sum_over_processes(counts, accelerator)
+    supervised, tokens, media = _sum_over_processes(counts, accelerator)
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
@@ -98,7 +99,7 @@ def accumulate_gradients(
     if accelerator.num_processes > 1:
         _sum_gradients(model, accelerator)
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
-    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, images)
+    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:

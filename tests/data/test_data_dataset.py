@@ -22,9 +22,9 @@ def test_dataset_encodes_when_indexed(make_processor: Callable[..., Processor], 
     samples = [sample("a"), sample("b", image="red.png"), sample("c", image="broken.png")]
     dataset = EncodedDataset(samples, make_processor(), media)
     assert len(dataset) == 3
-    assert dataset[0].images == []
+    assert dataset[0].media == []
     assert dataset[1].id == "b"
-    assert dataset[1].images[0].shape == (3, 8, 8)
+    assert dataset[1].media[0].shape == (3, 8, 8)
     with pytest.raises(ValueError, match=r"sample 'c': cannot read image .*broken.png"):
         dataset[2]
 
@@ -51,7 +51,7 @@ def test_check_supervision_counts(make_processor: Callable[..., Processor]) -> N
     processor = make_processor()
     samples = [sample("a"), sample("b", "What is it?", "missing.png")]  # no file is opened
     report = check_supervision(EncodedDataset(samples, processor))
-    encoded = [processor.encode(item, load_images=False) for item in samples]
+    encoded = [processor.encode(item, load_media=False) for item in samples]
     assert report.samples == 2
     assert report.tokens == sum(len(item.input_ids) for item in encoded)
     assert report.longest == max(len(item.input_ids) for item in encoded)

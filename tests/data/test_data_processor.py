@@ -119,8 +119,8 @@ def test_encode_prompt_is_the_prefix_and_labels_are_the_rest(
     for end in range(0, len(messages), 2):
         if template == "plain" and kind == "byte-level" and IMAGE not in turns[0][0]:
             break  # such a prompt has no token at all
-        prompt = processor.encode(sample(*messages[: end + 1]), add_generation_prompt=True, load_images=False)
-        full = processor.encode(sample(*messages[: end + 2]), load_images=False)
+        prompt = processor.encode(sample(*messages[: end + 1]), add_generation_prompt=True, load_media=False)
+        full = processor.encode(sample(*messages[: end + 2]), load_media=False)
         count = len(prompt.input_ids)
         assert learned(prompt) == [] or prompt.labels == labels + [IGNORE] * (count - len(labels))
         assert prompt.input_ids[: len(ids)] == ids
@@ -139,7 +139,7 @@ def test_encode_text_never_becomes_a_control_token(
     processor = make_processor(kind, template, max_length=10_000)
     turns = turns[:1] if template == "plain" else turns
     messages = [turn for question, answer in turns for turn in (user(*question), answer)]
-    encoded = processor.encode(sample(*messages), load_images=False)
+    encoded = processor.encode(sample(*messages), load_media=False)
     tokenizer, ids = processor.tokenizer, encoded.input_ids
     images = sum(part is IMAGE for question, _ in turns for part in question)
     assert ids.count(processor.image_token_id) == images * processor.tokens_per_image
@@ -171,7 +171,7 @@ def test_encode_cuts_text_at_the_end_only(
     cut = processor.encode(messages)
     assert cut.input_ids == whole.input_ids[:max_length]
     assert cut.labels == whole.labels[:max_length]
-    assert len(cut.images) * processor.tokens_per_image == cut.input_ids.count(image_id)
+    assert len(cut.media) * processor.tokens_per_image == cut.input_ids.count(image_id)
 
 
 @settings(max_examples=40, deadline=None)
@@ -185,7 +185,7 @@ def test_collate_pads_and_keeps_everything(
         ids = [processor.image_token_id] * 4 * images + list(range(5, 6 + words))
         labels = [IGNORE] * (len(ids) - 1) + ids[-1:]
         pixels = [torch.full((3, 8, 8), 10.0 * row + index) for index in range(images)]
-        encoded.append(Encoded(str(row), ids, labels, pixels))
+        encoded.append(Encoded(str(row), ids, labels, pixels, [4] * images))
     batch = processor.collate(encoded, "left" if left else "right")
     width = max(len(item.input_ids) for item in encoded)
     for row, item in enumerate(encoded):
@@ -198,7 +198,7 @@ def test_collate_pads_and_keeps_everything(
         ):
             assert batch[name].dtype == torch.int64
             assert batch[name][row].tolist() == [fill] * before + values + [fill] * after
-    expected = [image for item in encoded for image in item.images]
+    expected = [image for item in encoded for image in item.media]
     assert ("pixel_values" in batch) == bool(expected)
     if expected:
         assert batch["pixel_values"].dtype == torch.float32
@@ -280,8 +280,8 @@ def test_encode_keeps_images_to_the_last_token(make_processor: Callable[..., Pro
 def test_encode_without_images_opens_no_file(make_processor: Callable[..., Processor], media: Path) -> None:
     processor = make_processor()
     path = {"type": "image", "image": "missing.png"}
-    encoded = processor.encode(sample(user(path), "A cat."), load_images=False)
-    assert encoded.images == []
+    encoded = processor.encode(sample(user(path), "A cat."), load_media=False)
+    assert encoded.media == []
     assert encoded.input_ids.count(processor.image_token_id) == 4
     with pytest.raises(ValueError, match=r"sample 'one': image .*missing.png"):
         processor.encode(sample(user(path), "A cat."), media_folder=media)
@@ -294,7 +294,7 @@ def test_encode_images_in_order_through_the_image_processor(
 ) -> None:
     parts = [{"type": "image", "image": name} for name in ("red.png", "sub/blue.png")]
     encoded = make_processor().encode(sample(user(parts[0], "or", parts[1]), "A"), media_folder=media)
-    for image, color in zip(encoded.images, ("red", "blue"), strict=True):
+    for image, color in zip(encoded.media, ("red", "blue"), strict=True):
         expected = image_processor(images=[Image.new("RGB", (8, 8), color)], return_tensors="pt")["pixel_values"][0]
         assert image.shape == (3, 8, 8)
         assert image.dtype == torch.float32
@@ -303,8 +303,8 @@ def test_encode_images_in_order_through_the_image_processor(
 
 def test_encode_pads_to_a_square_on_request(make_processor: Callable[..., Processor], media: Path) -> None:
     wide = sample(user({"type": "image", "image": "red.png"}), "A")  # 12x8
-    (cropped,) = make_processor().encode(wide, media_folder=media).images
-    (padded,) = make_processor(pad_to_square=True).encode(wide, media_folder=media).images
+    (cropped,) = make_processor().encode(wide, media_folder=media).media
+    (padded,) = make_processor(pad_to_square=True).encode(wide, media_folder=media).media
     assert cropped[:, 0].allclose(cropped[:, 4])
     assert not padded[:, 0].allclose(padded[:, 4])
     assert padded[:, 0].abs().max() < 0.1  # the mean colour is 0 after normalisation
@@ -333,13 +333,15 @@ def test_encode_refuses_a_sample_without_a_token(make_processor: Callable[..., P
 
 
 def test_supervised_tokens_leaves_out_the_first_position() -> None:
-    assert Encoded("a", [5, 6, 7], [5, IGNORE, 7], []).supervised_tokens == 1
+    assert Encoded("a", [5, 6, 7], [5, IGNORE, 7], [], []).supervised_tokens == 1
 
 
 def test_collate_refuses(make_processor: Callable[..., Processor]) -> None:
     processor = make_processor()
-    encoded = processor.encode(sample(user(IMAGE), "A"), load_images=False)
-    with pytest.raises(ValueError, match=r"sample 'one' has 4 image tokens but 0 images of 4 tokens"):
+    encoded = processor.encode(sample(user(IMAGE), "A"), load_media=False)
+    with pytest.raises(
+        ValueError, match=r"sample 'one' has 4 image tokens and 0 media, but its media have \[4\] tokens"
+    ):
         processor.collate([encoded])
     with pytest.raises(ValueError, match=r"0 samples"):
         processor.collate([])
@@ -421,7 +423,7 @@ def test_save_and_open_again(make_processor: Callable[..., Processor], kind: str
     )
     before, after = processor.encode(wide), opened.encode(wide)
     assert (after.input_ids, after.labels) == (before.input_ids, before.labels)
-    assert torch.equal(after.images[0], before.images[0])
+    assert torch.equal(after.media[0], before.media[0])
     for name in ("template", "image_token", "image_token_id", "tokens_per_image", "max_length", "pad_to_square"):
         assert getattr(opened, name) == getattr(processor, name)
     changed = Processor.from_pretrained(tmp_path / "saved", template="plain", max_length=5)

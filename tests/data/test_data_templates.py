@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mmfast.data import TEMPLATES, ControlPiece, ImagePiece, Piece, Template, get_template
+from mmfast.data import TEMPLATES, ControlPiece, MediaPiece, Piece, Template, get_template
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -36,7 +36,7 @@ def written(pieces: list[Any], supervised: bool | None = None) -> str:
         elif isinstance(piece, ControlPiece):
             texts.append({"bos": "<s>", "eos": "</s>"}[piece.token])
         else:
-            assert isinstance(piece, ImagePiece)
+            assert isinstance(piece, MediaPiece)
             texts.append("<image>")
     return "".join(texts)
 

@@ -48,7 +48,7 @@ def test_answers_equal_those_of_one_at_a_time_when_the_model_is_run_alone(model:
     """Against the model's own greedy loop without a cache or padding."""
     sample = samples[0]
     ids = torch.tensor([model.processor.encode(sample, add_generation_prompt=True).input_ids])
-    pixels = torch.stack(model.processor.encode(sample, add_generation_prompt=True).images)
+    pixels = torch.stack(model.processor.encode(sample, add_generation_prompt=True).media)
     start = ids.shape[1]
     with torch.no_grad():
         for _ in range(6):
@@ -85,7 +85,7 @@ def test_a_caption_ends_at_the_newline(captioner: Llava) -> None:
     encoded = captioner.processor.encode(samples[0], add_generation_prompt=True)
     row = captioner.generate(
         torch.tensor([encoded.input_ids]),
-        pixel_values=torch.stack(encoded.images),
+        pixel_values=torch.stack(encoded.media),
         do_sample=False,
         max_new_tokens=12,
     )[0].tolist()

@@ -86,7 +86,10 @@ def test_half_precision_is_kept_exactly(
 def test_any_prefix_is_stripped(prefix: str, file: Path, tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     torch.save({f"{prefix}mm_projector.{n.rpartition('.')[2]}": t for n, t in projector().items()}, file)
     names = convert(str(file.parent), str(tmp_path / "out"), str(tiny_llm), str(tiny_clip))
-    assert names == {"weight": f"{prefix}mm_projector.weight", "bias": f"{prefix}mm_projector.bias"}
+    assert names == {
+        "connector.weight": f"{prefix}mm_projector.weight",
+        "connector.bias": f"{prefix}mm_projector.bias",
+    }
 
 
 def test_safetensors_are_read(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_forward_under_autocast_trains_lora_and_connector(tiny: Any) -> None:
 def test_forward_puts_features_in_batch_order(tiny: Any) -> None:
     model = tiny.llava()
     inputs = tiny.batch(images=(1, 2))
-    embeds = model.embed(inputs["input_ids"], inputs["pixel_values"])
+    embeds = model.embed(inputs["input_ids"], pixel_values=inputs["pixel_values"])
     is_image = inputs["input_ids"] == tiny.image_token_id
     features = model.connector(model.encoder(inputs["pixel_values"]))
     assert torch.equal(embeds[is_image], features.flatten(0, 1))
@@ -118,7 +118,7 @@ def test_forward_of_text_has_a_graph_when_only_the_connector_trains(tiny: Any) -
 def test_forward_takes_embeddings_in_place_of_ids(tiny: Any) -> None:
     model = tiny.llava()
     inputs = tiny.batch()
-    embeds = model.embed(inputs["input_ids"], inputs["pixel_values"])
+    embeds = model.embed(inputs["input_ids"], pixel_values=inputs["pixel_values"])
     rest = {"attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
     assert torch.equal(model(inputs_embeds=embeds, **rest).loss, model(**inputs).loss)
     with pytest.raises(ValueError, match="input_ids is given, inputs_embeds given"):
@@ -130,13 +130,9 @@ def test_forward_takes_embeddings_in_place_of_ids(tiny: Any) -> None:
 def test_forward_refuses_other_numbers_of_images(tiny: Any) -> None:
     model = tiny.llava()
     inputs = tiny.batch(images=(1, 2))
-    with pytest.raises(
-        ValueError, match=r"has 12 image tokens \(id 104\) but pixel_values gives 8 features \(2 images"
-    ):
+    with pytest.raises(ValueError, match=r"has 12 image tokens \(id 104\) but pixel_values gives 8 features;"):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
-    with pytest.raises(
-        ValueError, match=r"has 12 image tokens \(id 104\) but pixel_values gives 0 features \(0 images"
-    ):
+    with pytest.raises(ValueError, match=r"has 12 image tokens \(id 104\) but pixel_values gives 0 features;"):
         model(**{**inputs, "pixel_values": None})
     without = tiny.batch(images=(0,))
     with pytest.raises(ValueError, match=r"has 0 image tokens .* gives 12 features"):

@@ -146,7 +146,7 @@ def test_written_processor_is_transformers(tiny: Any, llm: Path, encoder: Path, 
     content = [{"type": "image", "image": image}, {"type": "text", "text": "\nWhat?"}]
     sample = {"id": "0", "messages": [{"role": "user", "content": content}]}
     encoded = ours.processor.encode(sample, add_generation_prompt=True)
-    assert torch.equal(inputs["pixel_values"][0], encoded.images[0])
+    assert torch.equal(inputs["pixel_values"][0], encoded.media[0])
     assert inputs["input_ids"][0].tolist().count(tiny.image_token_id) == tiny.num_patches
     again = Llava.from_pretrained(tmp_path)
     assert again.processor.encode(sample, add_generation_prompt=True).input_ids == encoded.input_ids

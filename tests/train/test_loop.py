@@ -161,7 +161,7 @@ def test_a_stage_starts_from_another_runs_connector(make_config: MakeConfig, tmp
     for name, tensor in first.model.trained_state().items():
         assert torch.equal(second.model.trained_state()[name], tensor)
     third = make_config(stages=stages[:1], out=str(tmp_path / "third"), start_from=str(second.out))
-    with pytest.raises(ValueError, match=r"also trained language_model; a run that trained the connector alone"):
+    with pytest.raises(ValueError, match=r"also trained lora; a run that left the language model as it was"):
         train(third)
 
 
@@ -211,8 +211,8 @@ def test_too_many_nonfinite_steps_stop_with_the_sample_ids(
 
 
 def test_a_part_without_gradient_stops_the_first_step(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = Llava._features
-    monkeypatch.setattr(Llava, "_features", lambda model, pixels: features(model, pixels).detach())
+    features = Llava.media_features
+    monkeypatch.setattr(Llava, "media_features", lambda model, **media: features(model, **media).detach())
     with pytest.raises(RuntimeError, match=r"stage instruct_lora.*connector: 4 tensors have no gradient"):
         train(make_config(stages=make_config().stages[1:]))
 

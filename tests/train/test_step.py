@@ -80,7 +80,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens(make_config: MakeConfig) ->
         correct += int((logits[kept].argmax(-1) == labels[kept]).sum())
     assert result.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert result.correct_tokens == correct
-    assert result.images == sum(len(batch.inputs.get("pixel_values", [])) for batch in micro_batches)
+    assert result.media == sum(len(batch.inputs.get("pixel_values", [])) for batch in micro_batches)
 
 
 def test_weight_decay_acts_on_matrices_only(make_config: MakeConfig) -> None:

@@ -1,0 +1,65 @@
+"""The counts of published systems, as `mmfast estimate` gives them on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmfast.cli import main
+from mmfast.train import load_recipe, save_config
+from mmfast.train.estimate import estimate
+
+# Source: the counts of each paper or, where it has none, the sizes of the published checkpoint's tensors.
+COUNTS: dict[str, dict[str, dict[str, int]]] = {
+    "llava-1.5-7b-pretrain": {"align": {"connector": 20_979_712}},
+    "llava-1.5-lora": {"instruct_lora": {"connector": 20_979_712, "lora": 319_815_680}},
+    "llava-1.5": {"instruct": {"connector": 20_979_712, "language_model": 6_738_415_616}},
+    "llava-v1": {
+        "align": {"connector": 4_198_400},
+        "instruct": {"connector": 4_198_400, "language_model": 6_738_415_616},
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", COUNTS)
+def test_estimate_gives_the_published_counts(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", recipe, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    trained: dict[str, int] = {}
+    for stage in result["stages"]:
+        parts = {part: counts["trainable"] for part, counts in stage["parts"].items() if counts["trainable"]}
+        assert parts == COUNTS[recipe][stage["name"]]
+        assert stage["trainable_parameters"] == sum(parts.values())
+        trained |= parts
+    assert list(COUNTS[recipe]) == [stage["name"] for stage in result["stages"]]
+    assert result["trainable_parameters"] == sum(trained.values())
+
+
+def test_estimate_of_another_size(capsys: pytest.CaptureFixture[str]) -> None:
+    result = estimate("llava-1.5-pretrain", llm="lmsys/vicuna-13b-v1.5")
+    assert result["trainable_parameters"] == 31_467_520
+    assert "13b" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_estimate_of_a_file_and_of_the_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_recipe("llava-world")
+    save_config(config, tmp_path / "mine.yaml")
+    result: dict[str, Any] = estimate(str(tmp_path / "mine.yaml"))
+    assert [stage["trainable_parameters"] for stage in result["stages"]] == [33_024, 189_184]
+    assert result["trainable_parameters"] == 189_184
+    assert "189,184" in capsys.readouterr().out
+
+
+def test_estimate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "no-such-recipe"]) == 1
+    assert "the recipes are" in capsys.readouterr().err
+    assert main(["estimate", "llava-1.5", "--llm", "no/such-model"]) == 1
+    assert "neither a folder nor known" in capsys.readouterr().err
+    config = load_recipe("llava-world")
+    config.options = {"num_frames": 3}
+    save_config(config, tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match="the system llava has no setting num_frames; accepted are connector"):
+        estimate(str(tmp_path / "mine.yaml"))
