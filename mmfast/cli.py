@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": Command("train, evaluate and question a small LLaVA on the embedded world", "mmfast.demo:run_demo"),
     "train": Command("train a system from a recipe or a config file, or resume a run", "mmfast.train:train"),
     "estimate": Command("count what a recipe trains, per stage and part", "mmfast.train.estimate:estimate"),
+    "compare": Command("train every system on the embedded world and print one table", "mmfast.compare:compare"),
     "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
     "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),
     "convert": Command("turn a published checkpoint into a run folder", "mmfast.models.convert:convert"),
