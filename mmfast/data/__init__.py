@@ -1,14 +1,21 @@
 """Data: samples, conversation templates, label masks, images, batches and their order."""
 
+from mmfast.data.answer_formats import ANSWER_FORMATS, multiple_choice, with_answer_format
+from mmfast.data.anyres import LLAVA_NEXT_PINPOINTS, Anyres, pinpoints_up_to
+from mmfast.data.anyres_processor import AnyresProcessor, TiledImage
 from mmfast.data.dataset import EncodedDataset, SupervisionReport, check_supervision
-from mmfast.data.images import load_image, pad_to_square
+from mmfast.data.images import image_size, load_image, pad_to_square
 from mmfast.data.order import BatchPlan, epoch_order
 from mmfast.data.processor import Encoded, Processor
-from mmfast.data.samples import Sample, load_samples, validate_sample, without_last_answer
+from mmfast.data.samples import Sample, load_samples, validate_sample, with_media_first, without_last_answer
 from mmfast.data.templates import TEMPLATES, ControlPiece, MediaPiece, Piece, Template, get_template
 
 __all__ = [
+    "ANSWER_FORMATS",
+    "LLAVA_NEXT_PINPOINTS",
     "TEMPLATES",
+    "Anyres",
+    "AnyresProcessor",
     "BatchPlan",
     "ControlPiece",
     "Encoded",
@@ -19,12 +26,18 @@ __all__ = [
     "Sample",
     "SupervisionReport",
     "Template",
+    "TiledImage",
     "check_supervision",
     "epoch_order",
     "get_template",
+    "image_size",
     "load_image",
     "load_samples",
+    "multiple_choice",
     "pad_to_square",
+    "pinpoints_up_to",
     "validate_sample",
+    "with_answer_format",
+    "with_media_first",
     "without_last_answer",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,34 @@ def load_image(part: ImagePart, media_folder: str | os.PathLike[str] | None, sam
         ValueError: the file is missing, broken, cut short, no image, or has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`; or the path leaves `media_folder`.
     """
-    import PIL.Image
     import PIL.ImageOps
+
+    with _opened(part, media_folder, sample_id) as image:
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+
+def image_size(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> tuple[int, int]:
+    """Height and width of what `load_image` gives, from the header of the file: no pixel is decoded.
+
+    An EXIF orientation that stands behind the pixels of a PNG file is not seen.
+
+    Raises:
+        ValueError: as `load_image`, but for what is broken behind the header.
+    """
+    import PIL.Image
+    from PIL.ExifTags import Base
+
+    with _opened(part, media_folder, sample_id) as image:
+        # PNG's own method decodes the image, to look for EXIF behind it; Pillow itself turns TIFF.
+        orientation = PIL.Image.Image.getexif(image).get(Base.Orientation, 1)
+        is_turned = orientation >= 5 and image.format != "TIFF"
+        return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _opened(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Iterator[Image]:
+    """The image of `part`, its pixels not yet decoded; any error while it is used names sample and file."""
+    import PIL.Image
 
     source = part["image"]
     if isinstance(source, str):
@@ -36,14 +63,15 @@ def load_image(part: ImagePart, media_folder: str | os.PathLike[str] | None, sam
     # they raise, the file is at fault.
     try:
         if isinstance(source, PIL.Image.Image):
-            return PIL.ImageOps.exif_transpose(source).convert("RGB")
+            yield source
+            return
         with PIL.Image.open(source) as image:
             width, height = image.size
             # Pillow itself only warns between one and two times this limit.
             limit = PIL.Image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
                 raise ValueError(f"{width}x{height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except Exception as error:
         raise ValueError(
             f"sample '{sample_id}': cannot read image '{source}': {type(error).__name__}: {error}; expected an image "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data.images import load_image, pad_to_square
-from mmfast.data.samples import MediaPart, Sample, content_parts, validate_sample
+from mmfast.data.samples import MediaPart, Sample, content_parts, validate_sample, with_media_first
 from mmfast.data.templates import AnyPiece, ControlPiece, MediaPiece, Piece, Template, get_template
 
 IGNORE = -100
@@ -76,6 +76,7 @@ class Processor:
         max_length: the most tokens of a sample, those of media included. Text at the end of a sample is cut to
             fit; media never are.
         pad_to_square: pad images to a square of the mean colour first, so that the encoder's centre crop sees all.
+        media_first: write a turn's media before its text, wherever the data has them.
 
     Raises:
         TypeError: a slow tokenizer, which has no character offsets.
@@ -85,7 +86,7 @@ class Processor:
 
     media_kinds: ClassVar[tuple[str, ...]] = ("image",)
     """Types of the parts of a sample that it reads."""
-    adjustable: ClassVar[tuple[str, ...]] = ("max_length", "pad_to_square")
+    adjustable: ClassVar[tuple[str, ...]] = ("max_length", "pad_to_square", "media_first")
     """Attributes that may change after it was made; a trained model keeps them."""
 
     def __init__(
@@ -97,6 +98,7 @@ class Processor:
         tokens_per_image: int = 1,
         max_length: int = 2048,
         pad_to_square: bool = False,
+        media_first: bool = False,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TypeError(
@@ -113,6 +115,7 @@ class Processor:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self.pad_to_square = pad_to_square
+        self.media_first = media_first
         if image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([image_token], special_tokens=True)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
@@ -175,8 +178,9 @@ class Processor:
         validate_sample(sample, allow_empty_answers=add_generation_prompt)
         where = f"sample '{sample['id']}'"
         self._check_kinds(sample, where)
+        messages = with_media_first(sample["messages"]) if self.media_first else sample["messages"]
         try:
-            pieces = self.template.render(sample["messages"], add_generation_prompt)
+            pieces = self.template.render(messages, add_generation_prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         parts = [piece.part for piece in pieces if isinstance(piece, MediaPiece)]
@@ -265,6 +269,7 @@ class Processor:
             "tokens_per_image": self.tokens_per_image,
             "max_length": self.max_length,
             "pad_to_square": self.pad_to_square,
+            "media_first": self.media_first,
         }
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
@@ -62,6 +62,23 @@ def content_parts(message: Message) -> list[Part]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return content
+
+
+def with_media_first(messages: Sequence[Message]) -> list[Message]:
+    """The same turns, in which media stand before the text, which becomes one part.
+
+    Source: LLaVA `llava/train/train.py`, which trains on all data so, whatever the order in the file.
+    """
+    turns = []
+    for message in messages:
+        parts = content_parts(message)
+        media = [part for part in parts if part["type"] != "text"]
+        if media:
+            text = "".join(cast(TextPart, part)["text"] for part in parts if part["type"] == "text")
+            rest = [{"type": "text", "text": text}] if text else []
+            message = cast(Message, {**message, "content": [*media, *rest]})
+        turns.append(message)
+    return turns
 
 
 def without_last_answer(sample: Sample) -> Sample:

@@ -27,6 +27,7 @@ def evaluate(
     media_folder: str | None = None,
     max_new_tokens: int = 32,
     progress: bool = False,
+    answer_format: str | None = None,
 ) -> dict[str, Any]:
     """Measures exact match on questions with one right answer each.
 
@@ -40,15 +41,17 @@ def evaluate(
         media_folder: Folder to which image paths are relative. None: the folder of the file.
         max_new_tokens: Longest answer, in tokens.
         progress: Whether to show a progress bar.
+        answer_format: Name in `mmfast.data.ANSWER_FORMATS` of the prompt behind every question. None: no prompt.
 
     Returns:
-        `{"data", "with_images", "n", "accuracy", "per_kind": {kind: {"n", "accuracy"}}, "chance_accuracy"}`; the
-        accuracy of chance is None where it is not known, which is everywhere but in the world.
+        `{"data", "with_images", "answer_format", "n", "accuracy", "per_kind": {kind: {"n", "accuracy"}},
+        "chance_accuracy"}`; the accuracy of chance is None where it is not known, which is everywhere but in the world.
 
     Raises:
-        ValueError: If a sample has no answer to compare with, or the model's template drops questions.
+        ValueError: If a sample has no answer to compare with, the model's template drops questions, or there is no
+            such answer format.
     """
-    from mmfast.data import without_last_answer
+    from mmfast.data import with_answer_format, without_last_answer
     from mmfast.generate import answer_batch
 
     samples, folder = open_samples(data, media_folder)
@@ -57,6 +60,8 @@ def evaluate(
     model = _open(model_or_run)
     _check_template(model)
     questions = [without_last_answer(sample) for sample in chosen]
+    if answer_format is not None:
+        questions = [with_answer_format(sample, answer_format) for sample in questions]
     if not with_images:
         questions = [without_images(sample) for sample in questions]
     answers = answer_batch(model, questions, batch_size, max_new_tokens, media_folder=folder, progress=progress)
@@ -64,6 +69,7 @@ def evaluate(
     return {
         "data": data,
         "with_images": with_images,
+        "answer_format": answer_format,
         **score(answers, references, kinds),
         "chance_accuracy": _chance(data),
     }
@@ -80,6 +86,7 @@ def evaluate_run(
     out: str | None = None,
     llm: str | None = None,
     encoder: str | None = None,
+    answer_format: str | None = None,
 ) -> dict[str, Any]:
     """Measures a trained model's exact match, prints a table and writes it as JSON.
 
@@ -94,6 +101,8 @@ def evaluate_run(
         out: The JSON file to write. None: evaluation-<data>.json in the run folder.
         llm: Folder of the language model, where it has moved since the training.
         encoder: Folder of the encoder, where it has moved since the training.
+        answer_format: What is written behind every question: short ("Answer the question using a single word or
+            phrase.") or letter ("Answer with the option's letter from the given choices directly."). None: nothing.
 
     Returns:
         `{"with_images": ..., "text_only": ...}`, each as `evaluate` returns it.
@@ -106,6 +115,7 @@ def evaluate_run(
         "media_folder": media_folder,
         "max_new_tokens": max_new_tokens,
         "progress": sys.stderr.isatty(),
+        "answer_format": answer_format,
     }
     results = {"with_images": evaluate(model, **options)}
     if text_only:

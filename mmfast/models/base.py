@@ -72,7 +72,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
     """Names of the pretrained parts, which are arguments of `from_parts`."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Attributes of the configuration that are arguments of `from_parts` too; with `bases` they say it all."""
-    media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    media_inputs: tuple[str, ...] = ("pixel_values",)
     """Arguments of `forward`, `embed` and `generate` that hold media."""
 
     _supports_sdpa = True
@@ -233,7 +233,8 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             text_config_of(resolve_language_model(names["llm"])).hidden_size,
         )
         cls.check_shapes(where, read_shapes(folder), *widths)
-        chosen = {name: description[name] for name in cls.settings}
+        # A run of an earlier release lacks the settings that are newer than it.
+        chosen = {name: description[name] for name in cls.settings if name in description}
         model = cls._rebuild(names, dtype or getattr(torch, description["dtype"]), chosen)
         for name, value in description.get("processor", {}).items():
             setattr(model.processor, name, value)

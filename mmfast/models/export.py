@@ -19,7 +19,7 @@ from mmfast.data import Sample
 from mmfast.models import open_model
 from mmfast.models.base import MultimodalModel
 from mmfast.models.llava import Llava, LlavaConfig
-from mmfast.models.llava_original import PROJECTOR_FILE, read_projector, write_original
+from mmfast.models.llava_original import PROJECTOR_FILE, read_newline, read_projector, write_original
 
 __all__ = ["export"]
 
@@ -41,9 +41,10 @@ def export(
     Args:
         run: A run folder, or a folder with a saved model.
         out: Folder to write.
-        to: hf is the layout of transformers' LlavaForConditionalGeneration, which vLLM and others read. original
-            is that of the system's authors: for LLaVA the repository's (llava_llama), with mm_projector.bin, which
-            names the encoder and does not hold it; for other systems what was trained.
+        to: hf is the layout of transformers' LlavaForConditionalGeneration (with high resolution
+            LlavaNextForConditionalGeneration), which vLLM and others read. original is that of the system's authors:
+            for LLaVA the repository's (llava_llama), with mm_projector.bin, which names the encoder and does not hold
+            it; for other systems what was trained.
         llm: Folder of the language model, where it has moved since the training.
         encoder: Folder of the encoder, where it has moved since the training.
         overwrite: Whether a folder that is already there may be replaced.
@@ -162,7 +163,10 @@ def _open_original(model: Llava, folder: Path) -> Llava:
     width = model.get_input_embeddings().weight.shape[1]
     connector = build_connector(model.config.connector, model.encoder.hidden_size, width)
     connector.load_state_dict(state)
-    return Llava(cast(LlavaConfig, model.config), model.encoder, connector, language_model, model.processor)
+    opened = Llava(cast(LlavaConfig, model.config), model.encoder, connector, language_model, model.processor)
+    if opened.image_newline is not None:
+        opened.image_newline.data = read_newline(folder).float()
+    return opened
 
 
 def _move(temporary: Path, target: Path) -> None:

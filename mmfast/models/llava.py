@@ -2,20 +2,23 @@
 
 Source: Liu et al., "Visual Instruction Tuning" (linear connector) and "Improved Baselines with Visual
 Instruction Tuning" (two-layer MLP, LLaVA-1.5); the learning rates are those of the scripts of
-https://github.com/haotian-liu/LLaVA (Apache-2.0).
+https://github.com/haotian-liu/LLaVA (Apache-2.0). High resolution: `mmfast.data.anyres`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.connectors import build_connector
+from mmfast.data import Anyres, AnyresProcessor, Processor
 from mmfast.encoders import ClipEncoder
+from mmfast.models.architectures import vision_config_named
 from mmfast.models.base import MultimodalModel
 from mmfast.models.llava_transformers import is_llava_folder, read_llava, write_llava
 from mmfast.models.parts import (
@@ -27,9 +30,6 @@ from mmfast.models.parts import (
 )
 from mmfast.models.stages import LoraSpec, Stage
 from mmfast.models.trained import find_trained
-
-if TYPE_CHECKING:
-    from mmfast.data import Processor
 
 __all__ = ["Llava", "LlavaConfig"]
 
@@ -62,6 +62,10 @@ class LlavaConfig(PreTrainedConfig):
         vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
         image_token_id: Id that marks the place of a feature; it may lie beyond the vocabulary.
         template: Name of the conversation template to chat with.
+        image_grid_pinpoints: High resolution: the canvases (height, width) that images are tiled on. None: each
+            image is one view.
+        patch_merge: How the features of the tiles are merged, the `merge` of `mmfast.data.Anyres`.
+        unpad_rounding: Its `rounding`.
     """
 
     model_type = "mmfast_llava"
@@ -75,6 +79,9 @@ class LlavaConfig(PreTrainedConfig):
         vision_feature_select_strategy: str = "default",
         image_token_id: int = 32000,
         template: str = "vicuna_v1",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        patch_merge: str = "spatial_unpad",
+        unpad_rounding: str = "transformers",
         **kwargs: Any,
     ) -> None:
         self.text_config = _as_config(text_config, "llama")
@@ -84,11 +91,14 @@ class LlavaConfig(PreTrainedConfig):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.image_token_id = image_token_id
         self.template = template
+        self.image_grid_pinpoints = image_grid_pinpoints
+        self.patch_merge = patch_merge
+        self.unpad_rounding = unpad_rounding
         super().__init__(**kwargs)
 
 
 class Llava(MultimodalModel):
-    """LLaVA and LLaVA-1.5.
+    """LLaVA and LLaVA-1.5; with `image_grid_pinpoints`, LLaVA-1.5-HD and LLaVA-NeXT (v1.6).
 
     `Llava(config)` has random weights; `from_parts` puts a fresh connector between two pretrained models;
     `from_pretrained` opens a trained one.
@@ -103,7 +113,21 @@ class Llava(MultimodalModel):
 
     config_class = LlavaConfig
     system = "llava"
-    settings = ("connector", "vision_feature_layer", "vision_feature_select_strategy", "template")
+    settings = (
+        "connector",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "template",
+        "image_grid_pinpoints",
+        "patch_merge",
+        "unpad_rounding",
+    )
+    optional_tensors = ("image_newline",)
+
+    anyres: Anyres | None
+    """The rules of high resolution; None where each image is one view."""
+    image_newline: nn.Parameter | None
+    """[C]: ends each row of the tiles' features; None without high resolution or such rows."""
 
     def __init__(
         self,
@@ -113,6 +137,7 @@ class Llava(MultimodalModel):
         language_model: PreTrainedModel | None = None,
         processor: Processor | None = None,
     ) -> None:
+        anyres = _anyres(config)
         if encoder is None:
             encoder = ClipEncoder.from_config(
                 config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
@@ -122,6 +147,13 @@ class Llava(MultimodalModel):
         if connector is None:
             connector = build_connector(config.connector, encoder.hidden_size, _width(language_model))
         super().__init__(config, encoder, connector, language_model, processor)
+        self.anyres = anyres
+        self.media_inputs = ("pixel_values",) if anyres is None else ("pixel_values", "image_sizes")
+        newline = None
+        if anyres is not None and anyres.merge == "spatial_unpad":
+            width = _width(language_model)
+            newline = nn.Parameter(torch.randn(width) / width**0.5)
+        self.register_parameter("image_newline", newline)
 
     @classmethod
     def from_parts(
@@ -134,6 +166,9 @@ class Llava(MultimodalModel):
         vision_feature_layer: int = -2,
         vision_feature_select_strategy: str = "default",
         template: str = "vicuna_v1",
+        image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
+        patch_merge: str = "spatial_unpad",
+        unpad_rounding: str = "transformers",
     ) -> Llava:
         """Puts a fresh connector between a pretrained language model and a pretrained vision tower.
 
@@ -145,27 +180,37 @@ class Llava(MultimodalModel):
             vision_feature_layer: Index of the tower's hidden states that become features.
             vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
             template: Name of the conversation template to chat with.
+            image_grid_pinpoints: Canvases of high resolution, see `LlavaConfig`; None for one view of each image.
+            patch_merge: See `LlavaConfig`.
+            unpad_rounding: See `LlavaConfig`.
 
         Raises:
             FileNotFoundError: If a folder does not exist.
-            ValueError: If a folder lacks weights, or the connector is unknown.
+            ValueError: If a folder lacks weights, the connector is unknown, or the canvases do not suit the encoder.
         """
         llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-        vision = ClipEncoder.from_pretrained(
-            encoder_folder, vision_feature_layer, vision_feature_select_strategy, dtype
-        )
-        bridge = build_connector(connector, vision.hidden_size, text_config_of(llm_folder).hidden_size)
-        language_model = open_language_model(llm_folder, dtype)
-        processor = open_processor(llm_folder, encoder_folder, template, vision.num_patches)
         config = LlavaConfig(
-            text_config=language_model.config,
-            vision_config=vision.config,
+            text_config=text_config_of(llm_folder),
+            vision_config=vision_config_named(encoder),
             connector=connector,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            image_token_id=processor.image_token_id,
             template=template,
+            image_grid_pinpoints=image_grid_pinpoints,
+            patch_merge=patch_merge,
+            unpad_rounding=unpad_rounding,
         )
+        # From configurations alone, so that nothing large is loaded before a refusal.
+        anyres = _anyres(config)
+        bridge = build_connector(connector, config.vision_config.hidden_size, config.text_config.hidden_size)
+        vision = ClipEncoder.from_pretrained(
+            encoder_folder, vision_feature_layer, vision_feature_select_strategy, dtype
+        )
+        processor = open_processor(llm_folder, encoder_folder, template, vision.num_patches, **_processing(config))
+        _check_tiles("Llava.from_parts", processor, anyres)
+        language_model = open_language_model(llm_folder, dtype)
+        config.text_config, config.vision_config = language_model.config, vision.config
+        config.image_token_id = processor.image_token_id
         model = cls(config, vision, bridge, language_model, processor)
         model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
         return model
@@ -182,7 +227,7 @@ class Llava(MultimodalModel):
 
         Args:
             folder: A folder of `save_trained`, a run folder (its `model` is opened), or a folder in
-                transformers' layout of `LlavaForConditionalGeneration`.
+                transformers' layout of `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
             llm: The language model to use in place of the one written down, should it have moved.
             encoder: The encoder to use in place of the one written down.
             dtype: Dtype of the two base models; by default the one they were saved or trained in. The
@@ -199,7 +244,8 @@ class Llava(MultimodalModel):
         if not is_llava_folder(folder):
             raise FileNotFoundError(
                 f"Llava.from_pretrained: {folder} holds no LLaVA model; a folder with mmfast.json, a finished run "
-                "folder (with model/mmfast.json) or a folder whose config.json has model_type llava is accepted"
+                "folder (with model/mmfast.json) or a folder whose config.json has model_type llava or llava_next is "
+                "accepted"
             )
         if llm is not None or encoder is not None:
             raise ValueError(
@@ -212,13 +258,57 @@ class Llava(MultimodalModel):
         """Writes transformers' LLaVA layout with the processor's files; LoRA is merged in the written copy.
 
         Args:
-            save_directory: The folder to write; `LlavaForConditionalGeneration.from_pretrained` opens it.
+            save_directory: The folder to write; `LlavaForConditionalGeneration.from_pretrained` opens it, with high
+                resolution `LlavaNextForConditionalGeneration`.
             **kwargs: Passed to transformers' `save_pretrained`, such as `max_shard_size`.
 
         Raises:
-            ValueError: If the connector is not "mlp2x_gelu", the only one that layout has.
+            ValueError: If the connector is not "mlp2x_gelu", the only one that layout has, or high resolution has
+                other rules than LLaVA-NeXT's.
         """
         write_llava(self, Path(save_directory), **kwargs)
+
+    @property
+    def features_per_medium(self) -> int | None:
+        """Tokens of every image; None with high resolution, where they follow from its size."""
+        return super().features_per_medium if self.anyres is None else None
+
+    def media_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+        """Maps all images of a batch to their features [N, C], in order.
+
+        Args:
+            pixel_values: [n, 3, S, S] float; with high resolution all views of all images, see `AnyresProcessor`.
+            image_sizes: [images, 2] int64, (height, width) in pixels; with high resolution only.
+
+        Raises:
+            ValueError: If the views are not as many as the sizes say.
+        """
+        if self.anyres is None:
+            return super().media_features(pixel_values)
+        sizes = [] if image_sizes is None else image_sizes.tolist()
+        views = sum(map(self.anyres.num_views, sizes))
+        if pixel_values.dim() != 4 or views != len(pixel_values):
+            raise ValueError(
+                f"Llava: pixel_values has the shape {list(pixel_values.shape)} but image_sizes makes {views} views; "
+                "[views, 3, S, S] with the views of all images one after the other is accepted; let the processor "
+                "encode the images"
+            )
+        features = super().media_features(pixel_values)
+        if self.image_newline is not None:
+            features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
+        # Not by indexing: the gradient of an embedding is summed in the same order every time.
+        return nn.functional.embedding(self.anyres.feature_index(sizes).to(features.device), features)
+
+    def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
+        """The parameters of a part by their full names; the newline belongs to the connector.
+
+        Raises:
+            ValueError: If there is no such part.
+        """
+        parameters = super().part_parameters(part)
+        if part == "connector" and self.image_newline is not None:
+            parameters["image_newline"] = self.image_newline
+        return parameters
 
     def stages(self) -> dict[str, Stage]:
         """The published "align", "instruct" and "instruct_lora", for the connector's generation of LLaVA."""
@@ -232,12 +322,7 @@ class Llava(MultimodalModel):
 
     @classmethod
     def _from_transformers(cls, folder: Path, dtype: torch.dtype | None) -> Llava:
-        from mmfast.data import Processor
-
         parts = read_llava(folder, dtype)
-        # A folder that mmfast wrote has its own settings; one of transformers is taken for LLaVA-1.5.
-        template = None if (folder / "mmfast_processor.json").is_file() else "vicuna_v1"
-        processor = Processor.from_pretrained(folder, template, tokens_per_image=parts.encoder.num_patches)
         config = LlavaConfig(
             text_config=parts.language_model.config,
             vision_config=parts.encoder.config,
@@ -245,9 +330,17 @@ class Llava(MultimodalModel):
             vision_feature_layer=parts.encoder.layer,
             vision_feature_select_strategy=parts.encoder.select,
             image_token_id=parts.image_token_id,
-            template=processor.template.name,
+            image_grid_pinpoints=parts.image_grid_pinpoints,
         )
+        # A folder that mmfast wrote has its own settings; one of transformers is taken for LLaVA-1.5.
+        template = None if (folder / "mmfast_processor.json").is_file() else "vicuna_v1"
+        options = {"tokens_per_image": parts.encoder.num_patches, **_processing(config)}
+        processor = options.pop("kind", Processor).from_pretrained(folder, template, **options)
+        config.template = processor.template.name
         model = cls(config, parts.encoder, parts.connector, parts.language_model, processor)
+        _check_tiles("Llava.from_pretrained", processor, model.anyres)
+        if parts.image_newline is not None:
+            model.image_newline = nn.Parameter(parts.image_newline)
         model.base_names = {"llm": absolute_name(folder), "encoder": absolute_name(folder)}
         return model.eval()
 
@@ -260,3 +353,37 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -
 
 def _width(language_model: PreTrainedModel) -> int:
     return cast(Any, language_model.get_input_embeddings()).weight.shape[1]
+
+
+def _anyres(config: LlavaConfig) -> Anyres | None:
+    """The rules of high resolution that a configuration asks for.
+
+    Raises:
+        ValueError: If the canvases do not suit the encoder, or it keeps its class token.
+    """
+    if config.image_grid_pinpoints is None:
+        return None
+    if config.vision_feature_select_strategy not in ("default", "patch"):
+        raise ValueError(
+            f"Llava: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} with "
+            "image_grid_pinpoints; 'default' is accepted, since a class token has no place in the map of the tiles"
+        )
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    rules: Any = (config.patch_merge, config.unpad_rounding)
+    return Anyres(config.image_grid_pinpoints, side, side // patch, *rules)
+
+
+def _processing(config: LlavaConfig) -> dict[str, Any]:
+    """What the processor has to be told for high resolution, beside its class as `kind`."""
+    if config.image_grid_pinpoints is None:
+        return {}
+    names = ("image_grid_pinpoints", "patch_merge", "unpad_rounding")
+    return {"kind": AnyresProcessor, **{name: getattr(config, name) for name in names}}
+
+
+def _check_tiles(where: str, processor: Any, anyres: Anyres | None) -> None:
+    if anyres is not None and processor.anyres != anyres:
+        raise ValueError(
+            f"{where}: the image processor makes {processor.anyres} but the encoder needs {anyres}; an image "
+            "processor that crops to the encoder's image_size is accepted; were the files of two models mixed?"
+        )

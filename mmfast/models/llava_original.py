@@ -24,10 +24,11 @@ from mmfast.models.parts import resolve_language_model
 if TYPE_CHECKING:
     from mmfast.models.llava import Llava
 
-__all__ = ["PROJECTOR_FILE", "connector_kind", "read_projector", "write_original", "write_projector"]
+__all__ = ["PROJECTOR_FILE", "connector_kind", "read_newline", "read_projector", "write_original", "write_projector"]
 
 PROJECTOR_FILE = "mm_projector.bin"
 _PREFIX = "model.mm_projector."
+_NEWLINE = "model.image_newline"
 _TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -74,6 +75,21 @@ def read_projector(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         names[match[1]] = name
     return {key: content[name].float() for key, name in names.items()}, names
+
+
+def read_newline(folder: Path) -> Tensor:
+    """The newline [C] of high resolution in a whole `llava_llama` folder; `mm_projector.bin` does not hold it.
+
+    Raises:
+        ValueError: If it is in none of the folder's safetensors files.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if _NEWLINE in file.keys():  # noqa: SIM118
+                return file.get_tensor(_NEWLINE)
+    raise ValueError(f"read_newline: {folder} has no {_NEWLINE}; the folder of a model of high resolution is accepted")
 
 
 def connector_kind(state: Mapping[str, Tensor]) -> str:
@@ -144,7 +160,8 @@ def write_original(model: Llava, folder: Path) -> None:
         folder: An empty folder.
 
     Raises:
-        ValueError: If the language model is not a Llama, the only one of `llava_llama`.
+        ValueError: If the language model is not a Llama, the only one of `llava_llama`, or high resolution rounds
+            otherwise than the original.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -154,12 +171,19 @@ def write_original(model: Llava, folder: Path) -> None:
             f"export: the language model is a {config.model_type!r}, but the original layout llava_llama holds a "
             "'llama'; use to='hf', which takes any"
         )
+    if model.anyres is not None and model.anyres.rounding != "original":
+        raise ValueError(
+            f"export: unpad_rounding is {model.anyres.rounding!r}, but the original layout has 'original' only; where "
+            "images of the rare sizes on which they differ do not matter, say so in the run's mmfast.json"
+        )
     write_projector(model, folder / PROJECTOR_FILE)
     dtype = model.get_input_embeddings().weight.dtype
     state = merged_state_dict(model.language_model)
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     state |= {_PREFIX + key: tensor.detach().to(dtype) for key, tensor in model.connector.state_dict().items()}
+    if model.image_newline is not None:
+        state[_NEWLINE] = model.image_newline.detach().to(dtype)
     save_torch_state_dict(state, folder)
     text = json.dumps(_original_config(model, dtype), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -213,6 +237,19 @@ def _original_config(model: Llava, dtype: torch.dtype) -> dict[str, Any]:
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": "pad" if processor.pad_to_square else "square",
+        **_original_tiling(model),
         "tokenizer_model_max_length": processor.max_length,
         "tokenizer_padding_side": "right",
+    }
+
+
+def _original_tiling(model: Llava) -> dict[str, Any]:
+    """What the original's `config.json` says of high resolution; its canvases are (width, height)."""
+    if model.anyres is None:
+        return {}
+    canvases = [[width, height] for height, width in model.anyres.pinpoints]
+    return {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": canvases,
+        "mm_patch_merge_type": model.anyres.merge,
     }

@@ -1,6 +1,6 @@
-"""LLaVA in the layout of transformers' `LlavaForConditionalGeneration`, both ways.
+"""LLaVA in the layout of transformers' `LlavaForConditionalGeneration`, or `LlavaNext…` of high resolution, both ways.
 
-Both ways lead through that class itself, so the names of the weights are right for the release at hand.
+Both ways lead through those classes themselves, so the names of the weights are right for the release at hand.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from transformers import (
     AutoModelForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
 )
 
 from mmfast.adapt import merged_state_dict
+from mmfast.data import Anyres
+from mmfast.data.anyres_processor import as_image_processor
 from mmfast.encoders import ClipEncoder
 from mmfast.models.trained import read_shapes
 
@@ -31,6 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["LlavaParts", "is_llava_folder", "read_llava", "write_llava"]
 
 _SIZES = {4096: "7B", 5120: "13B"}
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,19 @@ class LlavaParts:
     connector: nn.Sequential
     language_model: PreTrainedModel
     image_token_id: int
+    image_grid_pinpoints: list[list[int]] | None
+    """Of high resolution; None for LLaVA and LLaVA-1.5. Likewise the newline."""
+    image_newline: Tensor | None
 
 
 def is_llava_folder(folder: Path) -> bool:
-    """Whether `folder` has a `config.json` with the model type "llava"."""
+    """Whether `folder` has a `config.json` with the model type "llava" or "llava_next"."""
+    return _model_type(folder) in _CLASSES
+
+
+def _model_type(folder: Path) -> str | None:
     path = folder / "config.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("model_type") == "llava"
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None
 
 
 def read_llava(folder: Path, dtype: torch.dtype | None = None) -> LlavaParts:
@@ -54,16 +70,18 @@ def read_llava(folder: Path, dtype: torch.dtype | None = None) -> LlavaParts:
 
     Args:
         folder: The folder, with weights as safetensors.
-        dtype: Dtype of the encoder and the language model; by default the saved one. The connector is float32.
+        dtype: Dtype of the encoder and the language model; by default the saved one. The connector and the
+            newline are float32.
 
     Raises:
         ValueError: If the weights are of another size than `config.json` says (found before any is loaded), some
             are missing, or the projector is not two linear layers with a GELU between.
     """
-    config: Any = LlavaConfig.from_pretrained(folder)
+    config_class, model_class = _CLASSES[str(_model_type(folder))]
+    config: Any = config_class.from_pretrained(folder)
     _check_config(folder, config)
     _check_sizes(folder, config, read_shapes(folder))
-    opened: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    opened: Any = model_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
     model, report = opened
     if report["missing_keys"]:
         raise ValueError(
@@ -73,7 +91,9 @@ def read_llava(folder: Path, dtype: torch.dtype | None = None) -> LlavaParts:
     projector = model.model.multi_modal_projector
     connector = nn.Sequential(projector.linear_1, nn.GELU(), projector.linear_2).float()
     encoder = ClipEncoder(model.model.vision_tower, config.vision_feature_layer, config.vision_feature_select_strategy)
-    return LlavaParts(encoder, connector, _take_language_model(model), config.image_token_id)
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    newline = None if pinpoints is None else model.model.image_newline.detach().float()
+    return LlavaParts(encoder, connector, _take_language_model(model), config.image_token_id, pinpoints, newline)
 
 
 def write_llava(model: Llava, folder: Path, **kwargs: Any) -> None:
@@ -86,8 +106,16 @@ def write_llava(model: Llava, folder: Path, **kwargs: Any) -> None:
         **kwargs: Passed to transformers' `save_pretrained`.
 
     Raises:
-        ValueError: If the connector is not "mlp2x_gelu".
+        ValueError: If the connector is not "mlp2x_gelu", or the rules of high resolution are not LLaVA-NeXT's.
     """
+    anyres = model.anyres
+    if anyres is not None and (anyres.merge, anyres.rounding) != ("spatial_unpad", "transformers"):
+        raise ValueError(
+            f"save_pretrained: patch_merge is {anyres.merge!r} and unpad_rounding {anyres.rounding!r}, but "
+            "transformers' LLaVA-NeXT has only 'spatial_unpad' and 'transformers'; use save_trained(folder), which "
+            "Llava.from_pretrained opens; where images of the rare sizes on which the roundings differ do not matter, "
+            "say so in its mmfast.json"
+        )
     if model.config.connector != "mlp2x_gelu":
         raise ValueError(
             f"save_pretrained: the connector is {model.config.connector!r}, but transformers' LLaVA has only "
@@ -105,12 +133,21 @@ def _check_config(folder: Path, config: Any) -> None:
         "projector_hidden_act": (config.projector_hidden_act, "gelu"),
         "multimodal_projector_bias": (config.multimodal_projector_bias, True),
     }
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    if pinpoints is not None:
+        found["vision_feature_select_strategy"] = (config.vision_feature_select_strategy, "default")
     for name, (value, accepted) in found.items():
         if value != accepted:
             raise ValueError(
                 f"from_pretrained: {folder / 'config.json'} has {name} {value!r}; {accepted!r} is accepted; "
                 "open this model with transformers"
             )
+    if pinpoints is not None:
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        try:
+            Anyres(pinpoints, side, side // patch)
+        except ValueError as error:
+            raise ValueError(f"from_pretrained: {folder / 'config.json'}: {error}") from error
 
 
 def _check_sizes(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -123,6 +160,7 @@ def _check_sizes(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]]) 
         ("", "multi_modal_projector.linear_1.weight"): (text.hidden_size, vision.hidden_size),
         ("", "multi_modal_projector.linear_2.weight"): (text.hidden_size, text.hidden_size),
         ("", "patch_embedding.weight"): (vision.hidden_size, 3, vision.patch_size, vision.patch_size),
+        ("", "image_newline"): (text.hidden_size,),
     }
     for name, shape in shapes.items():
         for (part, ending), wanted in expected.items():
@@ -158,8 +196,8 @@ def _take_language_model(model: Any) -> PreTrainedModel:
     return language_model
 
 
-def _build_target(model: Llava, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """A `LlavaForConditionalGeneration` on the model's own tensors, but for those that merging or growing makes."""
+def _build_target(model: Llava, dtype: torch.dtype) -> Any:
+    """transformers' model on the model's own tensors, but for those that merging or growing makes."""
     language_model = model.language_model
     prefix = language_model.base_model_prefix + "."
     state = merged_state_dict(language_model)
@@ -172,31 +210,37 @@ def _build_target(model: Llava, dtype: torch.dtype) -> LlavaForConditionalGenera
     projector = {
         f"linear_{i}.{key}": connector[f"{j}.{key}"] for i, j in ((1, 0), (2, 2)) for key in ("weight", "bias")
     }
+    config = _target_config(model, rows, tied)
     with torch.device("meta"):
-        target = LlavaForConditionalGeneration(_target_config(model, rows, tied))
+        target: Any = _CLASSES[config.model_type][1](config)
     _assign(target.model.vision_tower, model.encoder.complete_state_dict(), dtype)
     _assign(target.model.multi_modal_projector, projector, dtype)
     _assign(target.model.language_model, decoder, dtype)
     _assign(target.lm_head, {"weight": head}, dtype)
+    if model.image_newline is not None:
+        target.model.image_newline = nn.Parameter(model.image_newline.detach().to(dtype))
     if tied:
         target.lm_head.weight = target.model.language_model.embed_tokens.weight
     target.generation_config = copy.deepcopy(language_model.generation_config)
     return target
 
 
-def _target_config(model: Llava, rows: int, tied: bool) -> LlavaConfig:
+def _target_config(model: Llava, rows: int, tied: bool) -> LlavaConfig | LlavaNextConfig:
     text = copy.deepcopy(model.language_model.config)
     text.vocab_size, text.tie_word_embeddings = rows, tied
-    return LlavaConfig(
-        vision_config=copy.deepcopy(model.encoder.config),
-        text_config=text,
-        image_token_index=model.config.image_token_id,
-        image_seq_length=model.encoder.num_patches,
-        projector_hidden_act="gelu",
-        vision_feature_layer=model.encoder.layer,
-        vision_feature_select_strategy=_strategy(model.encoder),
-        tie_word_embeddings=tied,
-    )
+    settings: dict[str, Any] = {
+        "vision_config": copy.deepcopy(model.encoder.config),
+        "text_config": text,
+        "image_token_index": model.config.image_token_id,
+        "image_seq_length": model.encoder.num_patches,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": model.encoder.layer,
+        "vision_feature_select_strategy": _strategy(model.encoder),
+        "tie_word_embeddings": tied,
+    }
+    if model.anyres is None:
+        return LlavaConfig(**settings)
+    return LlavaNextConfig(**settings, image_grid_pinpoints=[list(canvas) for canvas in model.anyres.pinpoints])
 
 
 def _needed_rows(model: Llava) -> int:
@@ -226,8 +270,16 @@ def _write_processor(model: Llava, folder: Path) -> None:
     if model.processor is None:
         return
     model.processor.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=model.processor.image_processor,
+    processor_class: Any = LlavaProcessor
+    image_processor = model.processor.image_processor
+    if model.anyres is not None:
+        pinpoints = [list(canvas) for canvas in model.anyres.pinpoints]
+        image_processor = as_image_processor("LlavaNextImageProcessor", image_processor, image_grid_pinpoints=pinpoints)
+        # Over the encoder's own, for readers of this file alone.
+        image_processor.save_pretrained(folder)
+        processor_class = LlavaNextProcessor
+    processor_class(
+        image_processor=image_processor,
         tokenizer=model.processor.tokenizer,
         patch_size=model.encoder.config.patch_size,
         vision_feature_select_strategy=_strategy(model.encoder),

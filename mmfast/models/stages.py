@@ -62,6 +62,8 @@ class StagedModel(nn.Module):
 
     parts: ClassVar[tuple[str, ...]] = ("encoder", "connector", "language_model", "lora")
     frozen_parts: ClassVar[tuple[str, ...]] = ("encoder",)
+    optional_tensors: ClassVar[tuple[str, ...]] = ()
+    """Trained tensors that a run may start without, from one of a variant that lacks them; they are fresh then."""
 
     encoder: Any
     connector: nn.Module

@@ -31,6 +31,9 @@ class StageConfig:
     """Conversation template. None: the one the model's table names for this stage."""
     pad_to_square: bool | None = None
     """Whether images are padded to a square before they are resized. None: as the model's processor is set."""
+    media_first: bool | None = None
+    """Whether a turn's media are written before its text, wherever the data has them. None: as the model's
+    processor is set."""
     lr: dict[str, float] = field(default_factory=dict)
     """Peak learning rate per part (connector, language_model, lora), over those of the model's table."""
     batch_size: int = 128

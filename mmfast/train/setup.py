@@ -113,8 +113,9 @@ def set_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max
     model.config.template = stage.template
     limit = getattr(model.language_model.config, "max_position_embeddings", None) or max_length
     processor.max_length = min(max_length, limit)
-    if config.pad_to_square is not None:
-        processor.pad_to_square = config.pad_to_square
+    for name in ("pad_to_square", "media_first"):
+        if getattr(config, name) is not None:
+            setattr(processor, name, getattr(config, name))
 
 
 def _start_from(model: MultimodalModel, folder: str) -> None:
@@ -140,4 +141,5 @@ def _start_from(model: MultimodalModel, folder: str) -> None:
             "model as it was is accepted"
         )
     model.trained_parts |= set(description["trained"])
-    model.load_trained_state(read_state(found))
+    fresh = {name: tensor for name, tensor in model.trained_state().items() if name in model.optional_tensors}
+    model.load_trained_state(fresh | read_state(found))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmfast.data.samples import Part, Sample
-from mmfast.world.digits import draw_canvas
+from mmfast.world.digits import draw_canvas, widen
 from mmfast.world.questions import (
     CHANCE,
     Labels,
@@ -33,6 +33,8 @@ SIZES = {
     "questions-test": 1_000,
     "text-train": 10_000,
     "text-test": 400,
+    "wide-train": 20_000,
+    "wide-test": 1_000,
 }
 SHARE_WITHOUT_DIGITS = 0.15
 
@@ -103,6 +105,8 @@ class WorldSamples(Sequence[Sample]):
         if self.content == "text":
             return [{"type": "text", "text": f"{describe(rng, labels)}\n{question.text}"}]
         canvas = draw_canvas(self.split, labels, rng)
+        if self.content == "wide":
+            canvas = widen(canvas, rng)
         return [{"type": "image", "image": _picture(canvas)}, {"type": "text", "text": question.text}]
 
 
@@ -114,12 +118,13 @@ def _picture(canvas: np.ndarray) -> Image:
 
 
 def samples(name: str) -> WorldSamples:
-    """The data set `name`: captions-train, captions-test, questions-train, questions-test, text-train or text-test.
+    """The data set `name`: one of `SIZES`, such as questions-train.
 
     Captions and questions show a 32x32 RGB canvas of 2x2 handwritten digits, drawn from the digits of their split
     only. Beside `"id"` and `"messages"` a sample has `"labels"` (the four digits, or None if the question brings its
-    own), `"kind"` and `"answer"`. Text samples are the same questions about a description in writing; the quadruples
-    of digits of text-test do not occur in text-train.
+    own), `"kind"` and `"answer"`. Wide samples ask about such a canvas that is one half of an otherwise black picture,
+    64 wide and 32 high. Text samples are the same questions about a description in writing; the quadruples of digits
+    of text-test do not occur in text-train.
 
     Raises:
         ValueError: another name.

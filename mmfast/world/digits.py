@@ -94,6 +94,13 @@ def draw_canvas(split: str, labels: tuple[int, int, int, int], rng: np.random.Ge
     return np.rint(255 * canvas).astype(np.uint8)
 
 
+def widen(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A black picture [32, 64] uint8, whose left or right half, drawn from `rng`, is the canvas [32, 32]."""
+    halves = [np.zeros_like(canvas), np.zeros_like(canvas)]
+    halves[int(rng.integers(2))] = canvas
+    return np.hstack(halves)
+
+
 def _jitter(cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The cell [16, 16] moved by -1, 0 or 1 pixel along each axis (the rim is black) and fainter by up to 25 %."""
     down, right = rng.integers(0, 3, size=2)

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoImageProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+# Several releases of transformers offer this class at their top only where torchvision is; it needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mmfast.data import Processor, get_template
 

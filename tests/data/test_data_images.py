@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfast.data import load_image, pad_to_square
+from mmfast.data import image_size, load_image, pad_to_square
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -29,6 +29,26 @@ def test_load_image_turns_by_exif(media: Path) -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(media / "turned.jpg", exif=exif)
     assert load_image(part("turned.jpg"), media, "s").size == (4, 6)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_size_is_that_of_the_upright_image(media: Path, suffix: str, orientation: int) -> None:
+    image = Image.new("RGB", (6, 4), "white")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(media / f"turned.{suffix}", exif=exif)
+    for source in (f"turned.{suffix}", Image.open(media / f"turned.{suffix}")):
+        width, height = load_image(part(source), media, "s").size
+        assert image_size(part(source), media, "s") == (height, width)
+
+
+def test_image_size_reads_the_header_alone(media: Path) -> None:
+    assert image_size(part("red.png"), media, "s") == (8, 12)
+    assert image_size(part("broken.png"), media, "s") == (64, 64)
+    for name in ("text.png", "missing.png", "../red.png"):
+        with pytest.raises(ValueError, match=f"sample 's'.*{name}"):
+            image_size(part(name), media, "s")
 
 
 @pytest.mark.parametrize("name", ["broken.png", "text.png", "missing.png", "sub", "a\0b"])

@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mmfast.data import Encoded, Processor, Template, get_template
+from mmfast.data import Encoded, Processor, Template, get_template, load_samples
 
 PIXELS = Image.new("RGB", (8, 8), "red")
 IMAGE = {"type": "image", "image": PIXELS}
@@ -412,8 +412,38 @@ def test_assigning_a_template_changes_the_prompt(make_processor: Callable[..., P
     assert processor.template.name == "short"
 
 
+@pytest.mark.parametrize(
+    ("value", "moves"),
+    [
+        ("<image>\nWhat is this?", False),
+        ("What is this?\n<image>", True),
+        ("<image> What is this? ", False),
+        ("Look at <image> and say what it is.", True),
+        ("What?", False),
+        ("<image>", False),
+    ],
+)
+def test_media_first_is_the_rule_of_the_original(
+    make_processor: Callable[..., Processor], media: Path, value: str, moves: bool
+) -> None:
+    """LLaVA's train.py: the marker is taken out, the rest stripped, and marker and line break put before it."""
+    expected = value
+    if "<image>" in value:
+        expected = ("<image>\n" + value.replace("<image>", "").strip()).strip()
+
+    def read(text: str, **settings: bool) -> list[int]:
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "a cat"}]
+        record = {"id": "0", "conversations": turns, **({"image": "red.png"} if "<image>" in text else {})}
+        (media / "data.json").write_text(json.dumps([record]))
+        (loaded,) = load_samples(media / "data.json")
+        return make_processor(**settings).encode(loaded, media_folder=media).input_ids
+
+    assert read(value, media_first=True) == read(expected)
+    assert (read(value) != read(expected)) == moves
+
+
 def test_save_and_open_again(make_processor: Callable[..., Processor], kind: str, tmp_path: Path) -> None:
-    processor = make_processor(kind, tokens_per_image=3, max_length=99, pad_to_square=True)
+    processor = make_processor(kind, tokens_per_image=3, max_length=99, pad_to_square=True, media_first=True)
     processor.save_pretrained(tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {"tokenizer.json", "preprocessor_config.json", "mmfast_processor.json"} <= names
@@ -424,7 +454,8 @@ def test_save_and_open_again(make_processor: Callable[..., Processor], kind: str
     before, after = processor.encode(wide), opened.encode(wide)
     assert (after.input_ids, after.labels) == (before.input_ids, before.labels)
     assert torch.equal(after.media[0], before.media[0])
-    for name in ("template", "image_token", "image_token_id", "tokens_per_image", "max_length", "pad_to_square"):
+    assert opened.settings() == processor.settings()
+    for name in ("template", "image_token_id", "media_first"):
         assert getattr(opened, name) == getattr(processor, name)
     changed = Processor.from_pretrained(tmp_path / "saved", template="plain", max_length=5)
     assert (changed.template.name, changed.max_length, changed.tokens_per_image) == ("plain", 5, 3)

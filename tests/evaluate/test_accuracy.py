@@ -73,6 +73,7 @@ def test_one_reference_each_from_the_answer_or_the_last_turn(
     assert result == {
         "data": data,
         "with_images": True,
+        "answer_format": None,
         "n": 3,
         "accuracy": 2 / 3,
         "per_kind": {"animal": {"n": 1, "accuracy": 1.0}, "thing": {"n": 1, "accuracy": 0.0}},
@@ -90,6 +91,18 @@ def test_text_only_asks_the_same_without_images(model: Any, data: str, monkeypat
     assert [sample["messages"][0]["content"] for sample in asked.asked] == [[TEXT]] * 3
     evaluate(model, data)
     assert asked.asked[2]["messages"][0]["content"][0]["type"] == "image"
+
+
+def test_the_answer_format_stands_behind_every_question(model: Any, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle(["a cat", "dog", "car"])
+    monkeypatch.setattr("mmfast.generate.answer_batch", oracle)
+    for with_images in (True, False):
+        result = evaluate(model, data, answer_format="short", with_images=with_images)
+        assert (result["answer_format"], result["accuracy"]) == ("short", 1.0)
+        endings = {sample["messages"][-1]["content"][-1]["text"] for sample in oracle.asked}
+        assert endings == {"what is this?\nAnswer the question using a single word or phrase."}
+    with pytest.raises(ValueError, match="no answer format 'long'"):
+        evaluate(model, data, answer_format="long")
 
 
 def test_a_sample_without_answer_is_named(model: Any, tmp_path: Path) -> None:

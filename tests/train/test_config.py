@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from mmfast.data import Anyres, pinpoints_up_to
 from mmfast.train import StageConfig, TrainConfig, load_config, load_recipe, recipe_names, save_config
 
 # scripts/{pretrain,finetune_full_schedule}.sh and scripts/v1_5/{pretrain,finetune,finetune_lora}.sh of LLaVA:
-# stage, batch, epochs, learning rates, LoRA rank and alpha.
+# stage, batch, epochs, learning rates, LoRA rank and alpha. For llava-1.5-hd there is none; it has finetune.sh's.
 PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
     "llava-v1": [
         ("align", 128, 1, {"connector": 2e-3}, None, None),
@@ -19,12 +20,20 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
     ],
     "llava-1.5-pretrain": [("align", 256, 1, {"connector": 1e-3}, None, None)],
     "llava-1.5": [("instruct", 128, 1, {"connector": 2e-5, "language_model": 2e-5}, None, None)],
+    "llava-1.5-hd": [("instruct", 128, 1, {"connector": 2e-5, "language_model": 2e-5}, None, None)],
     "llava-1.5-lora": [("instruct_lora", 128, 1, {"connector": 2e-5, "lora": 2e-4}, 128, 256)],
 }
 
 
 def test_recipes_are_the_named_ones() -> None:
-    assert recipe_names() == sorted([*PUBLISHED, "llava-world"])
+    assert recipe_names() == sorted([*PUBLISHED, "llava-world", "llava-hd-world"])
+
+
+def test_llava_1_5_hd_has_the_canvases_of_six_tiles() -> None:
+    canvases = load_recipe("llava-1.5-hd").options["image_grid_pinpoints"]
+    assert canvases == [list(canvas) for canvas in pinpoints_up_to(6, 224)]
+    largest = max(Anyres(canvases, 224, 16).num_tokens(size) for size in canvases)
+    assert (largest, load_recipe("llava-1.5-hd").max_length) == (1888, 4096)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,6 +17,8 @@ COUNTS: dict[str, dict[str, dict[str, int]]] = {
     "llava-1.5-7b-pretrain": {"align": {"connector": 20_979_712}},
     "llava-1.5-lora": {"instruct_lora": {"connector": 20_979_712, "lora": 319_815_680}},
     "llava-1.5": {"instruct": {"connector": 20_979_712, "language_model": 6_738_415_616}},
+    # A newline of 4,096 beside the connector.
+    "llava-1.5-hd": {"instruct": {"connector": 20_983_808, "language_model": 6_738_415_616}},
     "llava-v1": {
         "align": {"connector": 4_198_400},
         "instruct": {"connector": 4_198_400, "language_model": 6_738_415_616},

@@ -111,7 +111,8 @@ def test_samples_have_the_form_of_samples(name: str) -> None:
         validate_sample(sample)
         images = [part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image"]
         assert len(images) == (0 if name.startswith("text") else 1)
-        assert all((image.mode, image.size) == ("RGB", (32, 32)) for image in images)
+        size = (64, 32) if name.startswith("wide") else (32, 32)
+        assert all((image.mode, image.size) == ("RGB", size) for image in images)
     assert len({sample["id"] for sample in data[:100]}) == 100
 
 
@@ -127,6 +128,17 @@ def test_samples_are_decided_by_name_and_index(name: str) -> None:
     assert content(data[:20][17]) == alone
     assert content(data[17 - len(data)]) == alone
     assert content(data[18]) != alone
+
+
+def test_wide_pictures_have_the_digits_in_one_half() -> None:
+    halves = set()
+    for sample in samples("wide-test")[:40]:
+        (picture,) = (part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image")
+        cells = np.asarray(picture.convert("L")).reshape(2, 16, 2, 2, 16).any((1, 4))
+        (half,) = np.flatnonzero(cells.any((0, 2))).tolist()
+        assert cells[:, half].all()  # a digit in each of its quarters
+        halves.add(half)
+    assert halves == {0, 1}
 
 
 def test_samples_of_two_data_sets_differ() -> None:
