@@ -1,4 +1,4 @@
-"""resampler_attention against PyTorch's attention on the concatenation, OpenFlamingo's eager form and torch.compile."""
+"""resampler_attention against PyTorch's attention on the concatenation, OpenFlamingo's eager form and FlexAttention."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def open_flamingo(
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), value)
 
 
+def flex_attention(
+    query: Tensor, media_key: Tensor, media_value: Tensor, latent_key: Tensor, latent_value: Tensor
+) -> Tensor:
+    """FlexAttention on the concatenation."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    key, value = torch.cat((media_key, latent_key), -2), torch.cat((media_value, latent_value), -2)
+    out: Tensor = flex_attention(query, key, value)
+    return out
+
+
 def inputs(batch: int, media: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     """Halves of joint projections, as a module has them."""
     found = [torch.randn(batch, QUERIES, HEADS, DIM, device=device).to(dtype).transpose(1, 2)]
@@ -46,13 +57,14 @@ def inputs(batch: int, media: int, dtype: torch.dtype, device: str) -> list[Tens
 def implementations(tensors: list[Tensor], with_compile: bool) -> dict[str, Attention]:
     """The reference first: ratios are against it. `auto` is what a call without `backend` runs."""
     found: dict[str, Attention] = {"SDPA on the concatenation": reference, "OpenFlamingo": open_flamingo}
-    try:
-        if with_compile:
-            compiled = torch.compile(open_flamingo, dynamic=False)
-            compiled(*tensors)
-            found["torch.compile"] = compiled
-    except Exception as error:  # no C++ compiler, or no Triton: the row is left out, and said so
-        print(f"torch.compile does not work here: {type(error).__name__}")
+    for name, function in {"torch.compile": open_flamingo, "FlexAttention": flex_attention}.items():
+        try:
+            if with_compile:
+                compiled = torch.compile(function, dynamic=False)
+                compiled(*tensors)
+                found[name] = compiled
+        except Exception as error:  # no C++ compiler, no Triton, no backward: the row is left out, and said so
+            print(f"{name} does not work here: {str(error).splitlines()[0]}")
     call, on = check(*tensors), machine(tensors[0].device)
     for backend in OP.backends[:-1]:
         # The interpreter proves kernels, it does not time them.

@@ -58,6 +58,14 @@ void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, Ten
 
 void rope_cpu(std::vector<TensorView> from, TensorView cos, TensorView sin, std::vector<TensorView> to, bool adjoint,
               int threads);
+void gated_cross_attention_fwd_cpu(TensorView query, TensorView key, TensorView value, TensorView text_time,
+                                   int64_t media_length, float scale, bool only_latest, TensorView out, TensorView lse,
+                                   int vector_bits, int threads);
+void gated_cross_attention_bwd_cpu(TensorView grad_out, TensorView query, TensorView out, TensorView lse,
+                                   TensorView key, TensorView value, TensorView text_time, int64_t media_length,
+                                   float scale, bool only_latest, std::optional<TensorView> grad_query,
+                                   std::optional<TensorView> grad_key, std::optional<TensorView> grad_value,
+                                   int vector_bits, int threads);
 void resampler_attention_fwd_cpu(TensorView query, TensorView media_key, TensorView media_value,
                                  std::optional<TensorView> latent_key, std::optional<TensorView> latent_value,
                                  std::optional<TensorView> media_mask, float scale, TensorView out, TensorView lse,
@@ -180,6 +188,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("rope_cpu", &mmfast::rope_cpu, py::arg("from"), py::arg("cos"), py::arg("sin"), py::arg("to"),
         py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("gated_cross_attention_fwd_cpu", &mmfast::gated_cross_attention_fwd_cpu, py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("text_time"), py::arg("media_length"), py::arg("scale"), py::arg("only_latest"),
+        py::arg("out"), py::arg("lse"), py::arg("vector_bits"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gated_cross_attention_bwd_cpu", &mmfast::gated_cross_attention_bwd_cpu, py::arg("grad_out"), py::arg("query"),
+        py::arg("out"), py::arg("lse"), py::arg("key"), py::arg("value"), py::arg("text_time"),
+        py::arg("media_length"), py::arg("scale"), py::arg("only_latest"), py::arg("grad_query"), py::arg("grad_key"),
+        py::arg("grad_value"), py::arg("vector_bits"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("resampler_attention_fwd_cpu", &mmfast::resampler_attention_fwd_cpu, py::arg("query"), py::arg("media_key"),
         py::arg("media_value"), py::arg("latent_key"), py::arg("latent_value"), py::arg("media_mask"),

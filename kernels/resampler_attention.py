@@ -57,7 +57,7 @@ def plan(heads: int, query_blocks: int, media: int, latents: int, keys: int, pro
 
 
 @triton.jit
-def _load(p_rows, stride, o_n, o_d, m_n, dim, BLOCK_D: tl.constexpr):
+def load_rows(p_rows, stride, o_n, o_d, m_n, dim, BLOCK_D: tl.constexpr):
     """Rows o_n of a head, zeros where m_n is false and beyond its dimension."""
     pointers = p_rows + (o_n.to(tl.int64) * stride)[:, None] + o_d[None, :]
     return tl.load(pointers, mask=m_n[:, None] & (o_d < dim)[None, :], other=0)
@@ -92,8 +92,8 @@ def _attend(
         m_n = o_n < count
         if real is not None:
             m_n = m_n & (tl.load(real + o_n, mask=m_n, other=0) != 0)
-        b_k = _load(p_k, stride_k, o_n, o_d, m_n, dim, BLOCK_D)
-        b_v = _load(p_v, stride_v, o_n, o_d, m_n, dim, BLOCK_D)
+        b_k = load_rows(p_k, stride_k, o_n, o_d, m_n, dim, BLOCK_D)
+        b_v = load_rows(p_v, stride_v, o_n, o_d, m_n, dim, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -165,7 +165,7 @@ def _fwd_kernel(
     m_m = o_m < queries
     if real is not None:
         real += i_b * media
-    b_q = _load(query + i_b * query_b + i_h * query_h, query_l, o_m, o_d, m_m, dim, BLOCK_D)
+    b_q = load_rows(query + i_b * query_b + i_h * query_h, query_l, o_m, o_d, m_m, dim, BLOCK_D)
     scale *= 1.4426950408889634
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -312,25 +312,27 @@ def _bwd_kernel(
         m_n = m_store
         if real is not None:
             m_n = m_n & (tl.load(real + i_b * media + o_n, mask=m_n, other=0) != 0)
-        b_k = _load(media_key + i_b * media_key_b + i_h * media_key_h, media_key_l, o_n, o_d, m_n, dim, BLOCK_D)
-        b_v = _load(media_value + i_b * media_value_b + i_h * media_value_h, media_value_l, o_n, o_d, m_n, dim, BLOCK_D)
+        b_k = load_rows(media_key + i_b * media_key_b + i_h * media_key_h, media_key_l, o_n, o_d, m_n, dim, BLOCK_D)
+        b_v = load_rows(
+            media_value + i_b * media_value_b + i_h * media_value_h, media_value_l, o_n, o_d, m_n, dim, BLOCK_D
+        )
     else:
         o_n = (block - media_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_store = o_n < latents
         m_n = m_store
-        b_k = _load(latent_key + i_b * latent_key_b + i_h * latent_key_h, latent_key_l, o_n, o_d, m_n, dim, BLOCK_D)
+        b_k = load_rows(latent_key + i_b * latent_key_b + i_h * latent_key_h, latent_key_l, o_n, o_d, m_n, dim, BLOCK_D)
         p_v = latent_value + i_b * latent_value_b + i_h * latent_value_h
-        b_v = _load(p_v, latent_value_l, o_n, o_d, m_n, dim, BLOCK_D)
+        b_v = load_rows(p_v, latent_value_l, o_n, o_d, m_n, dim, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in tl.range(0, queries, BLOCK_M):
         o_m = first + tl.arange(0, BLOCK_M)
         m_m = o_m < queries
-        b_q = _load(query + i_b * query_b + i_h * query_h, query_l, o_m, o_d, m_m, dim, BLOCK_D)
-        b_do = _load(grad_out + i_b * grad_b + i_h * grad_h, grad_l, o_m, o_d, m_m, dim, BLOCK_D)
+        b_q = load_rows(query + i_b * query_b + i_h * query_h, query_l, o_m, o_d, m_m, dim, BLOCK_D)
+        b_do = load_rows(grad_out + i_b * grad_b + i_h * grad_h, grad_l, o_m, o_d, m_m, dim, BLOCK_D)
         # The output lies as fresh memory does.
         row = i_b * queries * heads + i_h
-        b_o = _load(out + row * dim, heads * dim, o_m, o_d, m_m, dim, BLOCK_D)
+        b_o = load_rows(out + row * dim, heads * dim, o_m, o_d, m_m, dim, BLOCK_D)
         b_mean = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
         b_lse = tl.load(lse + (i_b * heads + i_h) * queries + o_m, mask=m_m, other=0) * 1.4426950408889634
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * (scale * 1.4426950408889634)
@@ -386,7 +388,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]
 
 
@@ -423,11 +425,11 @@ def forward(
         _bytes(media_mask),
         target,
         target_lse,
-        *_strides(query),
-        *_strides(media_key),
-        *_strides(media_value),
-        *_strides(latent_key),
-        *_strides(latent_value),
+        *strides(query),
+        *strides(media_key),
+        *strides(media_value),
+        *strides(latent_key),
+        *strides(latent_value),
         *target.stride()[:4],
         scale,
         batch,
@@ -502,12 +504,12 @@ def backward(
             grad_media_value,
             grad_latent_key,
             grad_latent_value,
-            *_strides(grad_out),
-            *_strides(query),
-            *_strides(media_key),
-            *_strides(media_value),
-            *_strides(latent_key),
-            *_strides(latent_value),
+            *strides(grad_out),
+            *strides(query),
+            *strides(media_key),
+            *strides(media_value),
+            *strides(latent_key),
+            *strides(latent_value),
             scale,
             batch,
             heads,
@@ -540,21 +542,23 @@ def compile_cases() -> list[dict[str, Any]]:
             blocks = {"BLOCK_D": dim, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
             for part in dict.fromkeys((dtype, "fp32")):
                 name = f"forward {dtype} {tile.queries} queries, D {dim}{'' if part == dtype else ', parts'}"
-                cases.append(_case(name, _fwd_kernel, inputs | {"out": part}, blocks, tile, size == 2))
+                cases.append(compile_case(name, _fwd_kernel, inputs | {"out": part}, blocks, tile, size == 2))
         tile = backward_tile(dim, size)
         blocks = {"BLOCK_D": dim, "BLOCK_M": tile.queries, "BLOCK_N": tile.keys}
         outputs = dict.fromkeys(("grad_out", "out", *(f"grad_{name}" for name in names[1:])), dtype)
         pointers = inputs | outputs | {"parts": "fp32"}
-        cases.append(_case(f"backward {dtype}, D {dim}", _bwd_kernel, pointers, blocks, tile, size == 2))
+        cases.append(compile_case(f"backward {dtype}, D {dim}", _bwd_kernel, pointers, blocks, tile, size == 2))
         pointers = {"parts": "fp32", "part_lse": "fp32", "lse": "fp32", "out": dtype}
-        cases.append(_case(f"merge {dtype}, D {dim}", _merge_kernel, pointers, {"BLOCK_D": dim}, one_warp, False))
+        cases.append(
+            compile_case(f"merge {dtype}, D {dim}", _merge_kernel, pointers, {"BLOCK_D": dim}, one_warp, False)
+        )
     for dtype in ("fp32", "fp16", "bf16"):
         pointers = {"parts": "fp32", "grad_query": dtype}
-        cases.append(_case(f"add parts {dtype}", _add_parts_kernel, pointers, {"BLOCK": ADD}, four_warps, False))
+        cases.append(compile_case(f"add parts {dtype}", _add_parts_kernel, pointers, {"BLOCK": ADD}, four_warps, False))
     return cases
 
 
-def _case(
+def compile_case(
     name: str, kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any], tile: Tile, tensor_core: bool
 ) -> dict[str, Any]:
     kinds = {argument: f"*{kind}" for argument, kind in pointers.items()} | {"scale": "fp32"}

@@ -4,6 +4,7 @@ from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
 from mmfast.nn.adapter import Adapter
 from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
+from mmfast.nn.gated_cross_attention import GatedCrossAttentionBlock
 from mmfast.nn.gated_residual import GatedResidual
 from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
 from mmfast.nn.mixture_adapter import MixtureAdapter
@@ -20,6 +21,7 @@ __all__ = [
     "Adapter",
     "BaseLinear",
     "BiasScaleLinear",
+    "GatedCrossAttentionBlock",
     "GatedResidual",
     "LoRALinear",
     "LoRALinearGroup",

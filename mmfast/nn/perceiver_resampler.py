@@ -97,7 +97,7 @@ class _Attention(nn.Module):
         return self._heads(key), self._heads(value)
 
 
-def _feed_forward(hidden_size: int, mult: int) -> nn.Sequential:
+def feed_forward_of(hidden_size: int, mult: int) -> nn.Sequential:
     inner = hidden_size * mult
     return nn.Sequential(
         nn.LayerNorm(hidden_size),
@@ -166,7 +166,7 @@ class PerceiverResampler(nn.Module):
             None if max_num_media is None else nn.Parameter(torch.randn(max_num_media, 1, hidden_size))
         )
         self.layers = nn.ModuleList(
-            nn.ModuleList([_Attention(hidden_size, num_heads, head_dim), _feed_forward(hidden_size, ff_mult)])
+            nn.ModuleList([_Attention(hidden_size, num_heads, head_dim), feed_forward_of(hidden_size, ff_mult)])
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(hidden_size)

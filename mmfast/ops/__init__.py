@@ -2,6 +2,7 @@
 
 from mmfast.ops.backends import BackendUnavailable, explain, use_backend
 from mmfast.ops.bias_scale_linear import bias_scale_linear
+from mmfast.ops.gated_cross_attention import gated_cross_attention, text_times
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.int8 import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "NF4Weight",
     "bias_scale_linear",
     "explain",
+    "gated_cross_attention",
     "gated_residual",
     "int8_dequantize",
     "int8_linear",
@@ -37,6 +39,7 @@ __all__ = [
     "rope",
     "spatio_temporal_pool",
     "swiglu",
+    "text_times",
     "use_backend",
     "zero_init_attention",
 ]

@@ -157,16 +157,24 @@ def check(
     )
 
 
-def _cannot(call: Call, machine: Machine, backend: str) -> str | None:
-    if call.query.dtype == torch.float64:
-        return "there is no float64 kernel"
-    dim, most = call.query.size(3), MOST_DIM[backend]
-    if dim > most:
-        return f"D is {dim}; the kernel takes at most {most}"
-    for name, x in zip(("query", "media_key", "media_value", "latent_key", "latent_value"), call[:5], strict=True):
-        if x is not None and dim > 1 and x.stride(3) != 1:
+def kernels_cannot(backend: str, **heads: Tensor | None) -> str | None:
+    """Why kernels that are written as these cannot take `heads`, which are [B, H, length, D]; None if they can."""
+    for name, x in heads.items():
+        if x is None:
+            continue
+        dim, most = x.size(3), MOST_DIM[backend]
+        if x.dtype == torch.float64:
+            return "there is no float64 kernel"
+        if dim > most:
+            return f"D is {dim}; the kernel takes at most {most}"
+        if dim > 1 and x.stride(3) != 1:
             return f"the last dimension of {name} has stride {x.stride(3)}; the kernel needs 1"
     return None
+
+
+def _cannot(call: Call, machine: Machine, backend: str) -> str | None:
+    names = "query", "media_key", "media_value", "latent_key", "latent_value"
+    return kernels_cannot(backend, **dict(zip(names, call[:5], strict=True)))
 
 
 def _work(query: Tensor, media_key: Tensor, latent_key: Tensor | None) -> int:
@@ -200,19 +208,19 @@ OP = Op(
 )
 
 
-def _heads_inside(x: Tensor) -> Tensor:
+def heads_inside(x: Tensor) -> Tensor:
     """Fresh memory of the shape of x [B, H, L, D] that lies as [B, L, H, D], as projections take and give it."""
     batch, heads, length, dim = x.shape
     return torch.empty((batch, length, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _fwd_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _heads_inside(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return heads_inside(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _bwd_fake(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     *keys, _, _, needs, _ = arguments
-    return [_heads_inside(x) for x, need in zip((query, *keys), needs, strict=True) if need and x is not None]
+    return [heads_inside(x) for x, need in zip((query, *keys), needs, strict=True) if need and x is not None]
 
 
 # What the CPU's kernels may use of a vector's bits; a test lowers it.
@@ -221,7 +229,7 @@ VECTOR_BITS = 512
 
 def _fwd_cpu(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *keys, scale = arguments
-    out, lse = _heads_inside(query), torch.empty(query.shape[:3], dtype=torch.float32)
+    out, lse = heads_inside(query), torch.empty(query.shape[:3], dtype=torch.float32)
     extension.module().resampler_attention_fwd_cpu(
         extension.view(query),
         *map(extension.optional_view, keys),
@@ -238,9 +246,7 @@ def _bwd_cpu(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, *argumen
     *keys, media_mask, scale, needs = arguments
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    grads = [
-        _heads_inside(x) if need and x is not None else None for x, need in zip((query, *keys), needs, strict=True)
-    ]
+    grads = [heads_inside(x) if need and x is not None else None for x, need in zip((query, *keys), needs, strict=True)]
     extension.module().resampler_attention_bwd_cpu(
         *map(extension.optional_view, (grad_out, query, out, lse, *keys, media_mask)),
         scale,
@@ -254,7 +260,7 @@ def _bwd_cpu(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, *argumen
 def _fwd_triton(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from mmfast.kernels.resampler_attention import forward
 
-    out, lse = _heads_inside(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    out, lse = heads_inside(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         forward(query, *arguments, out, lse)
     return out, lse
@@ -266,9 +272,7 @@ def _bwd_triton(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, *argu
     *keys, media_mask, scale, needs = arguments
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    grads = [
-        _heads_inside(x) if need and x is not None else None for x, need in zip((query, *keys), needs, strict=True)
-    ]
+    grads = [heads_inside(x) if need and x is not None else None for x, need in zip((query, *keys), needs, strict=True)]
     with torch.cuda.device_of(query):
         backward(grad_out, query, out, lse, *keys, media_mask, scale, *grads)
     return [grad for grad in grads if grad is not None]

@@ -1,0 +1,107 @@
+// Attention of some queries of one head to some of its keys, and its gradients: what the attention ops share. A tile of
+// scores has the keys as rows and the queries side by side, so that nothing of a tile is transposed; scores stay in L2.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <type_traits>
+
+#include "../tensor_view.h"
+#include "scalars.h"
+
+namespace mmfast::attention {
+
+constexpr int64_t TILE = 64;  // queries, or keys, that are worked on together
+// What dimensions are filled up to, which are lanes of vectors as queries are.
+constexpr int64_t BLOCK = 32;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+constexpr int64_t round_up(int64_t count, int64_t block = BLOCK) { return (count + block - 1) / block * block; }
+
+// One head: rows of numbers, or those rows of it that `order` names.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride = 0;
+  const int64_t* order = nullptr;
+
+  MMFAST_INLINE T* row(int64_t i) const { return data + (order ? order[i] : i) * stride; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A head of x [B, H, rows, dim], from a row on or in an order.
+template <typename T>
+Rows<T> rows_of(const TensorView& x, int64_t sample, int64_t head, int64_t first = 0, const int64_t* order = nullptr) {
+  using Value = std::remove_const_t<T>;
+  return {x.as<Value>() + sample * x.stride(0) + head * x.stride(1) + first * x.stride(2), x.stride(2), order};
+}
+template <typename T>
+Rows<T> rows_of(const std::optional<TensorView>& x, int64_t sample, int64_t head, const int64_t* order = nullptr) {
+  return x ? rows_of<T>(*x, sample, head, 0, order) : Rows<T>{};
+}
+
+// Keys and values first .. last of one head; gradients that are null are not wanted.
+template <typename T>
+struct Segment {
+  Rows<const T> key, value;
+  Rows<T> grad_key, grad_value;
+  const bool* real = nullptr;  // null: all are
+  int64_t first = 0, last = 0;
+  int64_t first_query = 0;  // backward: those before it do not see these keys
+
+  MMFAST_INLINE bool is_real(int64_t n) const { return !real || real[n]; }
+};
+
+// Queries of one head of one sample, and the keys that one task takes.
+template <typename T>
+struct Head {
+  Rows<const T> query, out, grad_out;
+  const Segment<T>* segments;
+  int64_t segment_count;
+  float scale;
+  int64_t queries, dim;  // forward: TILE queries at most
+  Rows<const float> lse;
+
+  const Segment<T>* begin() const { return segments; }
+  const Segment<T>* end() const { return segments + segment_count; }
+};
+
+// Memory that a thread takes its tiles from, anew for each task.
+struct Scratch {
+  std::unique_ptr<float[]> data;
+  float* next;
+
+  explicit Scratch(int64_t count) : data(new float[count + 16]) { reset(); }
+  void reset() { next = data.get() + (64 - reinterpret_cast<uintptr_t>(data.get()) % 64) % 64 / sizeof(float); }
+  float* take(int64_t count) {
+    float* found = next;
+    next += count;
+    return found;
+  }
+};
+
+inline int64_t forward_scratch(int64_t dim) { return 4 * TILE * round_up(dim) + TILE * TILE + 3 * TILE; }
+
+inline int64_t backward_scratch(int64_t queries, int64_t dim) {
+  const int64_t tiles = (queries + TILE - 1) / TILE;
+  return (5 * tiles + 4) * TILE * round_up(dim) + 2 * TILE * TILE + 2 * tiles * TILE;
+}
+
+// The loops as they are compiled for one kind of CPU.
+template <typename T>
+struct Kernels {
+  // out [queries, dim] and lse [queries] of these keys alone: zeros and -inf if there are none.
+  void (*forward)(const Head<T>&, Scratch&, Rows<T> out, Rows<float> lse);
+  void (*forward_part)(const Head<T>&, Scratch&, Rows<float> out, Rows<float> lse);
+  // The gradients of the keys and values that the segments ask for. That of the queries, if wanted, goes into
+  // grad_query or, if that is null, into part [queries, dim].
+  void (*backward)(const Head<T>&, Scratch&, Rows<T> grad_query, float* part);
+};
+
+// Those for the widest vectors that this CPU has, of `bits` at most; for float, Float16 and Bfloat16.
+template <typename T>
+const Kernels<T>& kernels(int bits);
+
+}  // namespace mmfast::attention
