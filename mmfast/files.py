@@ -7,9 +7,19 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["file_sha256", "fsync_folder", "replace_atomically", "write_atomically", "write_json"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "file_sha256",
+    "fsync_folder",
+    "read_tensors",
+    "replace_atomically",
+    "write_atomically",
+    "write_json",
+]
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -57,3 +67,39 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path, where: str, root: str | None = None) -> dict[str, Tensor]:
+    """Reads tensors by name from safetensors or a file of `torch.save`, on the CPU; no code in it ever runs.
+
+    Args:
+        path: The file.
+        where: Begins the errors.
+        root: The key under which a file of `torch.save` holds its tensors beside other things.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds other than tensors by name.
+    """
+    import torch
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: {path} does not exist; a file with tensors is accepted; correct the path")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on a file that is none of its own, torch.load raises nearly anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{where}: {path} is not a file of tensors alone ({type(error).__name__}: {reason}); such a file, "
+            "written by torch.save, is accepted; other content could run code and is never loaded"
+        ) from error
+    if root is not None:
+        content = content.get(root) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        under = "" if root is None else f" under {root!r}"
+        raise ValueError(f"{where}: {path} does not hold tensors by name{under}; a state dict is accepted there")
+    return dict(content)

@@ -1,5 +1,6 @@
 """Trainable bridges from an encoder's features to a language model's embeddings."""
 
 from mmfast.connectors.projector import build_connector
+from mmfast.connectors.q_former import VisualQFormer, merge_patches, read_q_former, write_q_former
 
-__all__ = ["build_connector"]
+__all__ = ["VisualQFormer", "build_connector", "merge_patches", "read_q_former", "write_q_former"]

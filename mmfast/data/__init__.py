@@ -8,7 +8,7 @@ from mmfast.data.images import image_size, load_image, pad_to_square
 from mmfast.data.order import BatchPlan, epoch_order
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample, load_samples, validate_sample, with_media_first, without_last_answer
-from mmfast.data.templates import TEMPLATES, ControlPiece, MediaPiece, Piece, Template, get_template
+from mmfast.data.templates import TEMPLATES, ControlPiece, MediaPiece, Piece, Seam, Template, get_template
 
 __all__ = [
     "ANSWER_FORMATS",
@@ -24,6 +24,7 @@ __all__ = [
     "Piece",
     "Processor",
     "Sample",
+    "Seam",
     "SupervisionReport",
     "Template",
     "TiledImage",

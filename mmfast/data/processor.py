@@ -343,7 +343,7 @@ class Processor:
             input_ids += ids
             labels += [token if learn else IGNORE for token, learn in zip(ids, supervised, strict=True)]
             segment = []
-            if piece is not None:
+            if isinstance(piece, MediaPiece):
                 count = next(counts)
                 input_ids += [self.image_token_id] * count
                 labels += [IGNORE] * count
@@ -351,7 +351,7 @@ class Processor:
         return input_ids, labels, end_of_media
 
     def _tokenize_segment(self, pieces: Sequence[Piece | ControlPiece], where: str) -> tuple[list[int], list[bool]]:
-        """Ids of the text between two media and whether each is supervised."""
+        """Ids of the text between two media, or seams, and whether each is supervised."""
         text, kinds = self._segment_text(pieces)
         if not text:
             return [], []

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
 
+from mmfast.data.captions import from_caption
+
 IMAGE_MARKER = "<image>"
 """What stands for an image in the text of a LLaVA JSON file."""
 
@@ -207,10 +209,17 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
     for index, (where, record) in enumerate(_records(path)):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record is {_shown(record)}; expected an object")
-        is_llava, is_named = "conversations" in record, record.get("id") is not None
-        name = str(record["id"]) if is_named else f"{path.stem}-{index}"
+        is_llava, is_caption = "conversations" in record, "caption" in record
+        own = record.get("image_id") if is_caption and record.get("id") is None else record.get("id")
+        is_named = own is not None
+        name = str(own) if is_named else f"{path.stem}-{index}"
         where = f"{where}: sample"
-        sample = _from_llava(record, name, where) if is_llava else cast(Sample, {**record, "id": name})
+        if is_llava:
+            sample = _from_llava(record, name, where)
+        elif is_caption:
+            sample = from_caption(record, name, index, where)
+        else:
+            sample = cast(Sample, {**record, "id": name})
         validate_sample(sample, where)
         for part in _image_parts(sample):
             if isinstance(part["image"], str):
@@ -258,6 +267,11 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         for record in records:
             yield str(path), record
         return
+    annotations = _annotations(text)
+    if annotations is not None:
+        for record in annotations:
+            yield str(path), record
+        return
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -269,6 +283,18 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{path}:{number}: broken JSON: {error.msg} (column {error.colno}); expected one whole object per "
                 "line, or a file that is one JSON list"
             ) from error
+
+
+def _annotations(text: str) -> list[Any] | None:
+    """The records of a file that is one object with nothing but a list of "annotations"."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    whole = isinstance(content, dict) and content.keys() == {"annotations"} and isinstance(content["annotations"], list)
+    return content["annotations"] if whole else None
 
 
 def _from_llava(record: dict[str, Any], name: str, where: str) -> Sample:

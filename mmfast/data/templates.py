@@ -37,7 +37,14 @@ class MediaPiece:
     supervised: Literal[False] = False
 
 
-AnyPiece: TypeAlias = Piece | ControlPiece | MediaPiece
+@dataclass(frozen=True)
+class Seam:
+    """Text before and after it is tokenised apart."""
+
+    supervised: Literal[False] = False
+
+
+AnyPiece: TypeAlias = Piece | ControlPiece | MediaPiece | Seam
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Template:
 
     Args:
         name: what it is asked for by.
+        opening: text before everything else.
         system: system text; a system turn in the conversation takes its place.
         system_format: how a non-empty system text is written; it has the field `{system}`.
         system_in_user: the system text stands after the first `user_prefix`, not before it.
@@ -59,15 +67,17 @@ class Template:
         media_separator: what stands between a medium (with its suffix) and text that follows it.
         keep_question: False drops the text of the question (and the system text) and keeps the media; there is
             one question then.
+        answer_apart: the answer is tokenised apart from the prompt, which may end in white space then.
         eos: every answer ends with the tokenizer's end-of-text token.
         bos_between: every turn but the first begins with the tokenizer's begin-of-text token.
-        stop: what ends generation.
+        stop_text: text that ends generation, as the end-of-text token does.
 
     Raises:
         ValueError: `user_suffix` ends in white space, which tokenizers join to the answer's first token.
     """
 
     name: str
+    opening: str = ""
     system: str = ""
     system_format: str = "{system} "
     system_in_user: bool = False
@@ -79,15 +89,16 @@ class Template:
     media_suffix: str = ""
     media_separator: str = "\n"
     keep_question: bool = True
+    answer_apart: bool = False
     eos: bool = True
     bos_between: bool = False
-    stop: Literal["eos", "newline"] = "eos"
+    stop_text: str = ""
 
     def __post_init__(self) -> None:
-        if self.user_suffix != self.user_suffix.rstrip():
+        if self.user_suffix != self.user_suffix.rstrip() and not self.answer_apart:
             raise ValueError(
                 f"template '{self.name}': user_suffix is {self.user_suffix!r}; it must not end in white space, which "
-                "would be part of the answer's first token; move the white space to answer_prefix"
+                "would be part of the answer's first token; move the white space to answer_prefix, or set answer_apart"
             )
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[AnyPiece]:
@@ -120,9 +131,10 @@ class Template:
                 f"template for conversations ({', '.join(n for n, t in TEMPLATES.items() if t.keep_question)})"
             )
         head = self.system_format.format(system=system) if system and self.keep_question else ""
-        pieces: list[AnyPiece] = []
+        pieces: list[AnyPiece] = [Piece(self.opening, supervised=False)] if self.keep_question else []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
+                pieces += [Seam()] if self.answer_apart else []
                 answer = self.answer_prefix + _text(message) + self.answer_suffix
                 pieces.append(Piece(answer, supervised=True))
                 if self.eos:
@@ -193,6 +205,45 @@ def _llama_2(name: str, system: str) -> Template:
     )
 
 
+# Source: Vision-CAIR/MiniGPT-4 `minigpt4/conversation/conversation.py`, `minigpt4/models/minigpt_base.py`,
+# `train_configs/` (BSD-3-Clause). Its demo writes no space before `###Assistant:`; its training does, and so do these.
+_MINIGPT4_SYSTEM = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+
+
+def _minigpt4(name: str, **settings: str) -> Template:
+    return Template(
+        name,
+        user_prefix="Human: ",
+        user_suffix=" ###Assistant: ",
+        answer_prefix="",
+        answer_suffix="###",
+        media_prefix="<Img>",
+        media_suffix="</Img>",
+        media_separator=" ",
+        answer_apart=True,
+        eos=False,
+        stop_text="###",
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def _minigpt4_llama_2(name: str, user_suffix: str) -> Template:
+    return Template(
+        name,
+        user_prefix="[INST] ",
+        user_suffix=user_suffix,
+        answer_prefix="",
+        media_prefix="<Img>",
+        media_suffix="</Img>",
+        media_separator=" ",
+        answer_apart=True,
+        bos_between=True,
+    )
+
+
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
@@ -204,18 +255,23 @@ TEMPLATES: dict[str, Template] = {
             answer_suffix="\n",
             keep_question=False,
             eos=False,
-            stop="newline",
+            stop_text="\n",
         ),
         Template("vicuna_v1", system=_USER_AND_ASSISTANT.format(user="user")),
         Template("llava_v1", system=_USER_AND_ASSISTANT.format(user="human")),
         _llama_2("llama_2", _LLAMA_2_SYSTEM),
         _llama_2("llava_llama_2", _LLAVA_LLAMA_2_SYSTEM),
         Template("short"),
+        _minigpt4("minigpt4", opening="###"),
+        _minigpt4("minigpt4_chat", system=_MINIGPT4_SYSTEM, system_format="{system}###"),
+        _minigpt4_llama_2("minigpt4_llama_2", user_suffix=" [/INST] "),
+        _minigpt4_llama_2("minigpt_v2", user_suffix=" [/INST]"),
     )
 }
 """The templates by name. `plain` is that of the alignment stage: images, caption, newline. `llava_v1` says "human"
 where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. `short` is `vicuna_v1` without a system
-text, for small models."""
+text, for small models. `minigpt4` is what MiniGPT-4's second stage trains with on Vicuna, `minigpt4_chat` the same
+with the system text of its demo; `minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2."""
 
 
 def get_template(name: str) -> Template:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from mmfast.encoders.frozen import FrozenEncoder, check_loaded
+
 __all__ = ["ClipEncoder"]
 
 _KEEPS_CLASS_TOKEN = {"default": False, "patch": False, "full": True, "cls_patch": True}
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(FrozenEncoder):
     """features = hidden_states[layer] of a CLIP vision tower, without gradients and always in eval mode.
 
     The layers above `layer` never run. They are kept, outside the registered modules, so that
@@ -33,7 +35,6 @@ class ClipEncoder(nn.Module):
     """
 
     def __init__(self, tower: CLIPVisionModel, layer: int = -2, select: str = "default") -> None:
-        super().__init__()
         depth = tower.config.num_hidden_layers
         if not isinstance(layer, int) or not -(depth + 1) <= layer <= depth:
             raise ValueError(
@@ -44,12 +45,12 @@ class ClipEncoder(nn.Module):
             raise ValueError(
                 f"ClipEncoder: select is {select!r}; accepted are {', '.join(map(repr, _KEEPS_CLASS_TOKEN))}"
             )
-        self.tower = tower
+        # The tower ends at the tapped layer, and CLIP's last hidden state is taken before its last norm.
+        unused = _split_layers(tower, layer % (depth + 1))
+        super().__init__(tower, _KEEPS_CLASS_TOKEN[select])
         self.layer = layer
         self.select = select
-        self._unused_layers = _split_layers(tower, layer % (depth + 1))
-        self.requires_grad_(False)
-        self.train(False)
+        self._unused_layers = unused
 
     @classmethod
     def from_pretrained(
@@ -68,69 +69,13 @@ class ClipEncoder(nn.Module):
         folder = cls.resolve(name)
         opened: Any = CLIPVisionModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         tower, report = opened
-        if report["missing_keys"]:
-            raise ValueError(
-                f"ClipEncoder: {folder} lacks the weights {sorted(report['missing_keys'])}; "
-                "a folder with a CLIP vision tower is accepted; was another kind of encoder meant?"
-            )
+        check_loaded("ClipEncoder", folder, set(report["missing_keys"]))
         return cls(tower, layer, select)
 
     @classmethod
     def from_config(cls, config: CLIPVisionConfig, layer: int = -2, select: str = "default") -> ClipEncoder:
         """A tower with fresh random weights, for tests and, on the meta device, for counting."""
         return cls(CLIPVisionModel(config), layer, select)
-
-    @staticmethod
-    def resolve(name: str | Path) -> Path:
-        """The folder that `name` stands for: "world" is the encoder shipped with the package.
-
-        Raises:
-            FileNotFoundError: If the folder does not exist.
-        """
-        if name == "world":
-            from mmfast import world
-
-            return world.weights("encoder")
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"ClipEncoder: the folder {folder} does not exist; a local folder with a CLIP vision tower or "
-                '"world" is accepted; nothing is downloaded, so fetch the encoder first'
-            )
-        return folder
-
-    @property
-    def config(self) -> Any:
-        """The tower's configuration; it counts all the tower's layers, the unused ones too."""
-        return self.tower.config
-
-    @property
-    def hidden_size(self) -> int:
-        """Width D of a feature."""
-        return self.config.hidden_size
-
-    @property
-    def image_size(self) -> int:
-        """Side S of the square input, in pixels."""
-        return self.config.image_size
-
-    @property
-    def num_patches(self) -> int:
-        """Features P that one image becomes, the class token included where it is kept."""
-        grid = self.image_size // self.config.patch_size
-        return grid * grid + _KEEPS_CLASS_TOKEN[self.select]
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Maps pixels [n, 3, S, S] of any float dtype to features [n, P, D] in the tower's dtype."""
-        weight = next(self.tower.parameters())
-        with torch.no_grad():
-            # The tower ends at the tapped layer, and CLIP's last hidden state is taken before its last norm.
-            features = self.tower(pixel_values=pixel_values.to(weight.device, weight.dtype)).last_hidden_state
-        return features if _KEEPS_CLASS_TOKEN[self.select] else features[:, 1:]
-
-    def train(self, mode: bool = True) -> ClipEncoder:
-        """Keeps eval mode whatever `mode` is: the encoder is frozen."""
-        return super().train(False)
 
     def complete_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the whole `CLIPVisionModel`, the layers that never run included."""

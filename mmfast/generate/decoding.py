@@ -30,7 +30,7 @@ __all__ = [
 
 
 class StopRule:
-    """Where an answer ends: at an end token, or at the newline that ends a caption of the template `plain`.
+    """Where an answer ends: at an end token, or at the template's `stop_text`.
 
     Args:
         model: The model whose tokenizer, template and generation settings decide.
@@ -42,7 +42,7 @@ class StopRule:
         ends = cast(Any, model.language_model).generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self._end_ids = {end for end in [self._tokenizer.eos_token_id, *ends] if end is not None}
-        self._texts = ["\n"] if processor.template.stop == "newline" else []
+        self._texts = [processor.template.stop_text] if processor.template.stop_text else []
 
     def criteria(self) -> list[StoppingCriteria]:
         """What `generate` needs to stop, beyond the end tokens that it knows of."""
@@ -58,6 +58,19 @@ class StopRule:
         for stop in self._texts:
             text = text.partition(stop)[0]
         return cast(str, text)
+
+    def settled(self, text: str) -> str:
+        """The beginning of an unfinished answer's text that no later token changes.
+
+        White space at the end may turn out to be the answer's last, a broken character to be a whole one that needs
+        its next token, and the begin of a stop text to be a whole one.
+        """
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        for stop in self._texts:
+            begins = (stop[:length] for length in range(len(stop) - 1, 0, -1))
+            text = text.removesuffix(next((begin for begin in begins if text.endswith(begin)), ""))
+        return text.rstrip()
 
 
 class _TextStops(StoppingCriteria):

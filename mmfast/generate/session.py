@@ -117,9 +117,7 @@ class ChatSession:
         for token in self._tokens(inputs, longest):
             ids.append(token)
             text = self._rule.decode(ids).lstrip()
-            # White space at the end may turn out to be the answer's last, and a broken character to be a whole
-            # one that needs its next token: neither is shown before what follows is known.
-            shown = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text.rstrip()
+            shown = self._rule.settled(text)
             if len(shown) > len(answer):
                 yield shown[len(answer) :]
                 answer = shown

@@ -11,6 +11,8 @@ __all__ = [
     "Llava",
     "LlavaConfig",
     "LoraSpec",
+    "MiniGPT4",
+    "MiniGPT4Config",
     "MultimodalModel",
     "MultimodalOutput",
     "Stage",
@@ -18,13 +20,18 @@ __all__ = [
     "open_model",
 ]
 
-SYSTEMS = {"llava": "mmfast.models.llava:Llava"}
+SYSTEMS = {
+    "llava": "mmfast.models.llava:Llava",
+    "minigpt4": "mmfast.models.minigpt4:MiniGPT4",
+}
 """Name of each system and where its model class is."""
 
 _HOMES = {
     "Llava": "llava",
     "LlavaConfig": "llava",
     "LoraSpec": "stages",
+    "MiniGPT4": "minigpt4",
+    "MiniGPT4Config": "minigpt4",
     "MultimodalModel": "base",
     "MultimodalOutput": "base",
     "Stage": "stages",
@@ -33,6 +40,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel, MultimodalOutput
     from mmfast.models.llava import Llava, LlavaConfig
+    from mmfast.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from mmfast.models.stages import LoraSpec, Stage
 
 

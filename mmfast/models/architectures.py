@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from mmfast.models.parts import resolve_language_model, text_config_of
 
@@ -22,6 +22,7 @@ _LLAMA_13B: dict[str, Any] = {
 }
 _V1_5 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _CLIP_LARGE: dict[str, Any] = {
+    "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -31,6 +32,7 @@ _CLIP_LARGE: dict[str, Any] = {
 }
 
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "Vision-CAIR/vicuna-7b": _LLAMA_7B,
     "huggyllama/llama-7b": _LLAMA_7B,
     "huggyllama/llama-13b": _LLAMA_13B,
     "lmsys/vicuna-7b-v1.3": _LLAMA_7B,
@@ -44,8 +46,9 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 VISION_MODELS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+    "Salesforce/blip2-flan-t5-xxl": {"model_type": "blip_2_vision_model"},
 }
-"""Arguments of `CLIPVisionConfig` by the name of the repository on the Hub."""
+"""Configurations of vision towers by the name of the repository on the Hub."""
 
 
 def text_config_named(name: str | Path) -> Any:
@@ -74,7 +77,7 @@ def vision_config_named(name: str | Path) -> Any:
         return getattr(config, "vision_config", config)
     if str(name) not in VISION_MODELS:
         raise FileNotFoundError(_unknown("encoder", name, VISION_MODELS))
-    return CLIPVisionConfig(**VISION_MODELS[str(name)])
+    return AutoConfig.for_model(**VISION_MODELS[str(name)])
 
 
 def _is_folder(name: str | Path) -> bool:

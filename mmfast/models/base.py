@@ -133,6 +133,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         llm: str | Path | None = None,
         encoder: str | Path | None = None,
         dtype: torch.dtype | None = None,
+        **others: str | Path,
     ) -> Self:
         """Opens a trained model, its `processor` included, in eval mode.
 
@@ -141,6 +142,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             llm: The language model to use in place of the one written down, should it have moved.
             encoder: The encoder to use in place of the one written down.
             dtype: Dtype of the pretrained parts; by default the one they were trained in.
+            **others: Further `bases` to use in place of those written down.
 
         Raises:
             FileNotFoundError: If the folder holds no model, or a pretrained part is not where it was.
@@ -153,7 +155,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
                 f"{cls.__name__}.from_pretrained: {folder} holds no trained model; a folder with mmfast.json or a "
                 "finished run folder (with model/mmfast.json) is accepted"
             )
-        return cls._from_trained(trained, {"llm": llm, "encoder": encoder}, dtype)
+        return cls._from_trained(trained, {"llm": llm, "encoder": encoder, **others}, dtype)
 
     @classmethod
     def from_original(
@@ -222,7 +224,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             )
         names = {base: moved.get(base) or description[base] for base in cls.bases}
         for base, name in names.items():
-            if name != "world" and not Path(name).expanduser().is_dir():
+            if name not in ("", "world") and not Path(name).expanduser().exists():
                 raise FileNotFoundError(
                     f"{where}: {folder} was trained on the {base} {name!r}, which is not there; a local folder or "
                     f'"world" is accepted; pass its new place: {where}({str(folder)!r}, {base}=...)'

@@ -29,6 +29,7 @@ def convert(
     vision_feature_layer: int = -2,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    q_former: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, str]:
     """Turns a checkpoint in the layout that a system's authors published into a folder that mmfast opens.
@@ -48,6 +49,8 @@ def convert(
         vision_feature_layer: For llava: hidden states of the encoder that are its features (mm_vision_select_layer).
         vision_feature_select_strategy: For llava: default drops the class token (patch), full keeps it (cls_patch).
         dtype: Dtype in which the language model and the encoder are opened.
+        q_former: For minigpt4: the pretrained Q-Former that it was trained on, a file in LAVIS's layout or a folder of
+            transformers' BLIP-2.
         overwrite: Whether a model that is already in the folder may be replaced.
 
     Returns:
@@ -62,7 +65,8 @@ def convert(
     if find_trained(Path(out)) is not None and not overwrite:
         raise FileExistsError(f"convert: {out} holds a model already; choose another folder or set overwrite")
     if system != "llava":
-        model, names = model_class.from_original(source, llm, encoder, template=template, dtype=dtype)
+        others = {} if q_former is None else {"q_former": q_former}
+        model, names = model_class.from_original(source, llm, encoder, template=template, dtype=dtype, **others)
         model.save_trained(out)
         _report(system, model.trained_state(), names, out)
         return names

@@ -102,7 +102,8 @@ def _write_trained(model: MultimodalModel, folder: Path, to: str) -> tuple[float
     """Writes what was trained in the authors' layout, reads it again and compares the tensors."""
     model.to_original(folder)
     names = model.base_names
-    read, _ = type(model).from_original(folder, names["llm"], names["encoder"])
+    others = {base: names[base] for base in model.bases if base not in ("llm", "encoder")}
+    read, _ = type(model).from_original(folder, names["llm"], names["encoder"], **others)
     state = read.trained_state()
     drift = max((tensor - state[name]).abs().max().item() for name, tensor in model.trained_state().items())
     return drift, f"largest difference of a value, exported against trained: {drift:.3g}"

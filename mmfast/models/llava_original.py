@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfast.adapt import merged_state_dict
+from mmfast.files import read_tensors
 from mmfast.models.parts import resolve_language_model
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_projector(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileNotFoundError(
             f"read_projector: {path} does not exist; a mm_projector.bin, or the folder with one, is accepted"
         )
-    content = _load(path)
+    content = read_tensors(path, "read_projector")
     embeddings = [name for name in content if name.endswith("embed_tokens.weight")]
     if embeddings:
         raise ValueError(
@@ -192,24 +193,6 @@ def write_original(model: Llava, folder: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a file that is none of its own, torch.load raises nearly anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"read_projector: {path} is not a file of tensors alone ({type(error).__name__}: {reason}); such a file, "
-            "written by torch.save, is accepted; other content could run code and is never loaded"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"read_projector: {path} does not hold tensors by name; a state dict is accepted")
-    return dict(content)
 
 
 def _original_config(model: Llava, dtype: torch.dtype) -> dict[str, Any]:

@@ -46,7 +46,14 @@ class StageConfig:
     max_steps: int | None = None
     """Optimiser steps of this stage. None: what `epochs` needs."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises from zero; then it follows a cosine to zero."""
+    """Share of the steps in which the learning rate rises; then it follows a cosine."""
+    schedule: Literal["cosine", "unshifted_cosine"] = "cosine"
+    """cosine: it rises from zero, and its cosine begins after that and ends at zero. unshifted_cosine: the cosine is
+    that of all steps, so that it has come some way when the rise ends (MiniGPT-4)."""
+    start_factor: float = 0.0
+    """Learning rate of the first step as a share of the peak, with unshifted_cosine."""
+    end_factor: float = 0.0
+    """Learning rate that the cosine goes to as a share of the peak, with unshifted_cosine."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay, on matrices only (never on biases and norms)."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -71,7 +78,13 @@ class StageConfig:
         if self.max_steps is not None:
             _check_count("stages.max_steps", self.max_steps)
         _check(_number(self.epochs) and self.epochs > 0, "stages.epochs", self.epochs, "a number above 0")
-        _check_share("stages.warmup_ratio", self.warmup_ratio, 1.0)
+        for name in ("warmup_ratio", "start_factor", "end_factor"):
+            _check_share(f"stages.{name}", getattr(self, name), 1.0)
+        known = self.schedule in ("cosine", "unshifted_cosine")
+        _check(known, "stages.schedule", self.schedule, "cosine or unshifted_cosine")
+        if self.schedule == "cosine":
+            factors = (self.start_factor, self.end_factor)
+            _check(factors == (0, 0), "stages.start_factor, end_factor", factors, "0 with the schedule cosine")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             _check(_number(value) and value >= 0, f"stages.{name}", value, "a number of 0 or more")

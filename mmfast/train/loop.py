@@ -19,7 +19,7 @@ from mmfast.train.log import Display, StepLog
 from mmfast.train.memory import peak_memory_mb, reset_peak_memory
 from mmfast.train.rng import rng_state, seed_everything, set_rng_state
 from mmfast.train.run import Progress, RunFolder, StageResult, versions
-from mmfast.train.schedule import steps_in_stage, warmup_cosine
+from mmfast.train.schedule import steps_in_stage, warmup_cosine, warmup_unshifted_cosine
 from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_processor, torch_dtype
 from mmfast.train.signals import StopRequest, TrainingInterrupted
 from mmfast.train.step import (
@@ -261,7 +261,13 @@ def _finish_stage(run: _Run, running: _RunningStage) -> None:
 
 
 def _set_rates(running: _RunningStage, step: int) -> dict[str, float]:
-    factor = warmup_cosine(step, running.total, running.config.warmup_ratio)
+    config = running.config
+    if config.schedule == "cosine":
+        factor = warmup_cosine(step, running.total, config.warmup_ratio)
+    else:
+        factor = warmup_unshifted_cosine(
+            step, running.total, config.warmup_ratio, config.start_factor, config.end_factor
+        )
     for group in running.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["name"]: group["lr"] for group in running.optimizer.param_groups}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["steps_in_stage", "warmup_cosine"]
+__all__ = ["steps_in_stage", "warmup_cosine", "warmup_unshifted_cosine"]
 
 
 def warmup_cosine(step: int, total: int, warmup_ratio: float) -> float:
@@ -23,6 +23,27 @@ def warmup_cosine(step: int, total: int, warmup_ratio: float) -> float:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def warmup_unshifted_cosine(step: int, total: int, warmup_ratio: float, start: float, end: float) -> float:
+    """Factor on the peak learning rate: a linear rise from `start`, then half a cosine to `end`, begun at step 0.
+
+    As the cosine is that of all steps, the rate drops when the warm-up ends: with a fifth of the steps to where a tenth
+    of the way from the peak to `end` is done.
+
+    Source: salesforce/LAVIS `lavis/common/optims.py` as MiniGPT-4 has it (`linear_warmup_cosine_lr`, by the step).
+
+    Args:
+        step: Optimiser steps of the stage done before this one.
+        total: Optimiser steps of the stage.
+        warmup_ratio: Share of the steps that warm up.
+        start: Factor of step 0, if there is a warm-up.
+        end: Factor that the cosine goes to.
+    """
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    return end + (1 - end) * 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
 def steps_in_stage(samples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:

@@ -106,7 +106,7 @@ QUESTION = st.lists(PIECE | st.just(IMAGE), min_size=1, max_size=4)
 TURNS = st.lists(st.tuples(QUESTION, ANSWER), min_size=1, max_size=3)
 
 
-@pytest.mark.parametrize("template", ["short", "vicuna_v1", "llama_2", "plain"])
+@pytest.mark.parametrize("template", ["short", "vicuna_v1", "llama_2", "minigpt4", "plain"])
 @settings(max_examples=40, deadline=None)
 @given(turns=TURNS)
 def test_encode_prompt_is_the_prefix_and_labels_are_the_rest(
@@ -128,6 +128,27 @@ def test_encode_prompt_is_the_prefix_and_labels_are_the_rest(
         assert full.labels == prompt.labels + full.input_ids[count:]
         assert len(full.input_ids) > count
         ids, labels = full.input_ids, full.labels
+
+
+@pytest.mark.parametrize("template", ["minigpt4", "minigpt_v2"])
+def test_encode_tokenises_minigpt4s_prompt_and_answer_apart(
+    make_processor: Callable[..., Processor], kind: str, template: str
+) -> None:
+    processor = make_processor(kind, template)
+    encoded = processor.encode(sample(user(IMAGE, "What is this?"), "A cat."), load_media=False)
+    before, after, end = {
+        "minigpt4": ("###Human: <Img>", "</Img> What is this? ###Assistant: ", "###"),
+        "minigpt_v2": ("[INST] <Img>", "</Img> What is this? [/INST]", ""),
+    }[template]
+    tokens = processor.tokenizer
+    first, second, answer = (
+        tokens(text, add_special_tokens=False)["input_ids"] for text in (before, after, "A cat." + end)
+    )
+    answer += [] if end else [tokens.eos_token_id]
+    begin = [tokens.bos_token_id] if tokens.bos_token_id is not None else []
+    prompt = [*begin, *first, *[processor.image_token_id] * 4, *second]
+    assert encoded.input_ids == prompt + answer
+    assert encoded.labels == [IGNORE] * len(prompt) + answer
 
 
 @pytest.mark.parametrize("template", ["short", "llama_2", "plain"])

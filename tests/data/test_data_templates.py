@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mmfast.data import TEMPLATES, ControlPiece, MediaPiece, Piece, Template, get_template
+from mmfast.data import TEMPLATES, ControlPiece, MediaPiece, Piece, Seam, Template, get_template
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -35,9 +35,10 @@ def written(pieces: list[Any], supervised: bool | None = None) -> str:
             texts.append(piece.text)
         elif isinstance(piece, ControlPiece):
             texts.append({"bos": "<s>", "eos": "</s>"}[piece.token])
-        else:
-            assert isinstance(piece, MediaPiece)
+        elif isinstance(piece, MediaPiece):
             texts.append("<image>")
+        else:
+            assert isinstance(piece, Seam)
     return "".join(texts)
 
 
@@ -71,6 +72,46 @@ def test_render_writes_the_published_form(name: str, expected: str, learned: str
     pieces = get_template(name).render(CONVERSATION)
     assert written(pieces) == expected
     assert written(pieces, supervised=True) == learned
+
+
+MINIGPT4_SYSTEM = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "learned"),
+    [
+        (
+            "minigpt4",
+            "###Human: <Img><image></Img> Who? ###Assistant: Ann.###Human: And? ###Assistant: Bob.###",
+            "Ann.###Bob.###",
+        ),
+        (
+            "minigpt4_chat",
+            MINIGPT4_SYSTEM + "###Human: <Img><image></Img> Who? ###Assistant: Ann.###Human: And? ###Assistant: "
+            "Bob.###",
+            "Ann.###Bob.###",
+        ),
+        (
+            "minigpt4_llama_2",
+            "[INST] <Img><image></Img> Who? [/INST] Ann.</s><s>[INST] And? [/INST] Bob.</s>",
+            "Ann.</s>Bob.</s>",
+        ),
+        (
+            "minigpt_v2",
+            "[INST] <Img><image></Img> Who? [/INST]Ann.</s><s>[INST] And? [/INST]Bob.</s>",
+            "Ann.</s>Bob.</s>",
+        ),
+    ],
+)
+def test_render_writes_minigpt4s_form(name: str, expected: str, learned: str) -> None:
+    pieces = get_template(name).render(CONVERSATION)
+    assert written(pieces) == expected
+    assert written(pieces, supervised=True) == learned
+    answers = [index for index, piece in enumerate(pieces) if isinstance(piece, Piece) and piece.supervised]
+    assert all(isinstance(pieces[index - 1], Seam) for index in answers)
 
 
 def test_render_llama_2_has_its_own_system_text() -> None:
@@ -117,10 +158,17 @@ def test_render_generation_prompt_is_what_comes_before_the_answer(name: str) -> 
     prompt = written(template.render(turns[:-1], add_generation_prompt=True))
     last = turns[-1]["content"]
     rest = written(template.render(turns)).removeprefix(prompt)
-    assert rest == {"plain": f"{last}\n", "llama_2": f" {last} </s>", "llava_llama_2": f" {last} </s>"}.get(
-        name, f" {last}</s>"
-    )
-    assert prompt == prompt.rstrip()
+    expected = {
+        "plain": f"{last}\n",
+        "llama_2": f" {last} </s>",
+        "llava_llama_2": f" {last} </s>",
+        "minigpt4": f"{last}###",
+        "minigpt4_chat": f"{last}###",
+        "minigpt4_llama_2": f"{last}</s>",
+        "minigpt_v2": f"{last}</s>",
+    }
+    assert rest == expected.get(name, f" {last}</s>")
+    assert prompt == prompt.rstrip() or template.answer_apart
 
 
 @pytest.mark.parametrize(
@@ -155,7 +203,7 @@ def test_template_refuses_white_space_before_the_answer() -> None:
 
 
 def test_get_template_lists_names() -> None:
-    assert get_template("plain").stop == "newline"
-    assert get_template("vicuna_v1").stop == "eos"
+    assert get_template("plain").stop_text == "\n"
+    assert get_template("vicuna_v1").stop_text == ""
     with pytest.raises(ValueError, match=r"no template 'v1'; accepted are plain, vicuna_v1, llava_v1, llama_2"):
         get_template("v1")

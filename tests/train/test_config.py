@@ -25,8 +25,26 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
 }
 
 
+# name, stage, batch, steps, learning rates at the start, peak and end, all of one part
+MINIGPT4: dict[str, tuple[Any, ...]] = {
+    "minigpt4-7b-pretrain": ("pretrain", 256, 4 * 5000, 1e-6, 1e-4, 8e-5),
+    "minigpt4-7b-finetune": ("finetune", 12, 5 * 200, 1e-6, 3e-5, 1e-5),
+    "minigpt-v2-7b": ("finetune_lora", 24, 50 * 1000, 1e-6, 1e-5, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", MINIGPT4)
+def test_minigpt4_recipes_have_the_published_numbers(name: str) -> None:
+    (stage,) = load_recipe(name).stages
+    for rate in stage.lr.values():
+        rates = [rate * stage.start_factor, rate, rate * stage.end_factor]
+        assert (stage.name, stage.batch_size, stage.max_steps) == MINIGPT4[name][:3]
+        assert rates == pytest.approx(MINIGPT4[name][3:])
+    assert (stage.schedule, stage.weight_decay, stage.max_grad_norm) == ("unshifted_cosine", 0.05, 0.0)
+
+
 def test_recipes_are_the_named_ones() -> None:
-    assert recipe_names() == sorted([*PUBLISHED, "llava-world", "llava-hd-world"])
+    assert recipe_names() == sorted([*PUBLISHED, *MINIGPT4, "llava-world", "llava-hd-world", "minigpt4-world"])
 
 
 def test_llava_1_5_hd_has_the_canvases_of_six_tiles() -> None:
@@ -80,6 +98,9 @@ def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None
         ("stages: [{name: align, betas: [0.9, 1.0]}]", r"stages\.betas is 1\.0"),
         ("stages: [{name: align, lora_dropout: 1.0}]", r"stages\.lora_dropout is 1\.0"),
         ("stages: [{name: align, warmup_ratio: 3}]", r"stages\.warmup_ratio is 3"),
+        ("stages: [{name: align, end_factor: 2}]", r"stages\.end_factor is 2"),
+        ("stages: [{name: align, schedule: linear}]", r"stages\.schedule is 'linear'; cosine or unshifted_cosine"),
+        ("stages: [{name: align, end_factor: 0.1}]", r"start_factor, end_factor is \(0\.0, 0\.1\); 0 with"),
         ("stages: [align]", r"stages\.'align' is no mapping"),
         ("stages: [{batch_size: 1}]", r"stages\.name is None"),
         ("dtype: float16", r"dtype is 'float16'; float32 or bfloat16"),

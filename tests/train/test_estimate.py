@@ -17,6 +17,9 @@ COUNTS: dict[str, dict[str, dict[str, int]]] = {
     "llava-1.5-7b-pretrain": {"align": {"connector": 20_979_712}},
     "llava-1.5-lora": {"instruct_lora": {"connector": 20_979_712, "lora": 319_815_680}},
     "llava-1.5": {"instruct": {"connector": 20_979_712, "language_model": 6_738_415_616}},
+    "minigpt4-7b-pretrain": {"pretrain": {"connector": 3_149_824}},
+    "minigpt4-7b-finetune": {"finetune": {"connector": 3_149_824}},
+    "minigpt-v2-7b": {"finetune_lora": {"connector": 23_072_768, "lora": 33_554_432}},
     # A newline of 4,096 beside the connector.
     "llava-1.5-hd": {"instruct": {"connector": 20_983_808, "language_model": 6_738_415_616}},
     "llava-v1": {
@@ -43,6 +46,7 @@ def test_estimate_gives_the_published_counts(recipe: str, capsys: pytest.Capture
 def test_estimate_of_another_size(capsys: pytest.CaptureFixture[str]) -> None:
     result = estimate("llava-1.5-pretrain", llm="lmsys/vicuna-13b-v1.5")
     assert result["trainable_parameters"] == 31_467_520
+    assert estimate("minigpt4-7b-pretrain", llm="lmsys/vicuna-13b-v1.5")["trainable_parameters"] == 3_937_280
     assert "13b" in capsys.readouterr().out.splitlines()[0]
 
 
