@@ -37,6 +37,7 @@ class Entry:
 ENTRIES: dict[str, Entry] = {
     "llava": Entry("llava-world"),
     "minigpt4": Entry("minigpt4-world"),
+    "lavin": Entry("lavin-world"),
     "fine-tune": Entry("llava-world", stages=("align", "instruct")),
 }
 """Each row by its name. `fine-tune` trains the whole language model: what the cheap methods are measured against."""

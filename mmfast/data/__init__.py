@@ -8,6 +8,7 @@ from mmfast.data.images import image_size, load_image, pad_to_square
 from mmfast.data.order import BatchPlan, epoch_order
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample, load_samples, validate_sample, with_media_first, without_last_answer
+from mmfast.data.scienceqa import load_scienceqa
 from mmfast.data.templates import TEMPLATES, ControlPiece, MediaPiece, Piece, Seam, Template, get_template
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "image_size",
     "load_image",
     "load_samples",
+    "load_scienceqa",
     "multiple_choice",
     "pad_to_square",
     "pinpoints_up_to",

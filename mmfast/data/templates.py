@@ -65,6 +65,8 @@ class Template:
         media_prefix: text before every medium, such as "<Img>".
         media_suffix: text after every medium.
         media_separator: what stands between a medium (with its suffix) and text that follows it.
+        media_first: all media of the conversation stand before all of its text, wherever in it they are.
+        no_media: what a conversation without media begins with.
         keep_question: False drops the text of the question (and the system text) and keeps the media; there is
             one question then.
         answer_apart: the answer is tokenised apart from the prompt, which may end in white space then.
@@ -88,6 +90,8 @@ class Template:
     media_prefix: str = ""
     media_suffix: str = ""
     media_separator: str = "\n"
+    media_first: bool = False
+    no_media: str = ""
     keep_question: bool = True
     answer_apart: bool = False
     eos: bool = True
@@ -132,6 +136,7 @@ class Template:
             )
         head = self.system_format.format(system=system) if system and self.keep_question else ""
         pieces: list[AnyPiece] = [Piece(self.opening, supervised=False)] if self.keep_question else []
+        pieces += self._before(messages)
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 pieces += [Seam()] if self.answer_apart else []
@@ -149,14 +154,26 @@ class Template:
             pieces.append(Piece(self.user_suffix, supervised=False))
         return [piece for piece in pieces if not isinstance(piece, Piece) or piece.text]
 
+    def _before(self, messages: Sequence[Message]) -> list[AnyPiece]:
+        """What stands before the first turn."""
+        media = [part for message in messages for part in content_parts(message) if part["type"] != "text"]
+        if not media:
+            return [Piece(self.no_media, supervised=False)]
+        return [piece for part in media for piece in self._medium(part)] if self.media_first else []
+
+    def _medium(self, part: MediaPart) -> list[AnyPiece]:
+        before, after = Piece(self.media_prefix, supervised=False), Piece(self.media_suffix, supervised=False)
+        return [before, MediaPiece(part), after]
+
     def _question(self, message: Message) -> list[AnyPiece]:
         parts = content_parts(message)
+        if self.media_first:
+            parts = [part for part in parts if part["type"] == "text"]
         pieces: list[AnyPiece] = []
         after_media = False
         for index, part in enumerate(parts):
             if part["type"] != "text":
-                before, after = Piece(self.media_prefix, supervised=False), Piece(self.media_suffix, supervised=False)
-                pieces += [before, MediaPiece(part), after]
+                pieces += self._medium(part)
                 after_media = True
             elif self.keep_question:
                 text = part["text"]
@@ -244,6 +261,18 @@ def _minigpt4_llama_2(name: str, user_suffix: str) -> Template:
     )
 
 
+def _lavin(name: str, user_prefix: str) -> Template:
+    return Template(
+        name,
+        user_prefix=user_prefix,
+        user_suffix="\nResponse:",
+        answer_prefix="",
+        media_prefix="Image: ",
+        media_first=True,
+        no_media="Image: N/A ",
+    )
+
+
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
@@ -266,12 +295,17 @@ TEMPLATES: dict[str, Template] = {
         _minigpt4("minigpt4_chat", system=_MINIGPT4_SYSTEM, system_format="{system}###"),
         _minigpt4_llama_2("minigpt4_llama_2", user_suffix=" [/INST] "),
         _minigpt4_llama_2("minigpt_v2", user_suffix=" [/INST]"),
+        _lavin("lavin", "Instruction: "),
+        _lavin("lavin_scienceqa", ""),
     )
 }
 """The templates by name. `plain` is that of the alignment stage: images, caption, newline. `llava_v1` says "human"
 where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. `short` is `vicuna_v1` without a system
 text, for small models. `minigpt4` is what MiniGPT-4's second stage trains with on Vicuna, `minigpt4_chat` the same
-with the system text of its demo; `minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2."""
+with the system text of its demo; `minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2. `lavin` is LaVIN's for
+instructions, `lavin_scienceqa` that for questions which say what their parts are, as `mmfast.data.scienceqa` writes
+them; the space after "N/A" is the one that SentencePiece puts before the text, which LaVIN tokenises apart (LaVIN
+`engine.py`, `util/base_prompt.py`, `tools/data_processing.py`)."""
 
 
 def get_template(name: str) -> Template:

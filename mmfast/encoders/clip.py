@@ -77,6 +77,11 @@ class ClipEncoder(FrozenEncoder):
         """A tower with fresh random weights, for tests and, on the meta device, for counting."""
         return cls(CLIPVisionModel(config), layer, select)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The tower's layers that run."""
+        return _find_layers(self.tower)[1]
+
     def complete_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the whole `CLIPVisionModel`, the layers that never run included."""
         name, layers = _find_layers(self.tower)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from mmfast.evaluate.choices import score_choices
 from mmfast.evaluate.metrics import score
-from mmfast.evaluate.samples import open_samples, world_split
+from mmfast.evaluate.samples import is_scienceqa, open_samples, world_split
 from mmfast.files import write_json
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ def evaluate(
     max_new_tokens: int = 32,
     progress: bool = False,
     answer_format: str | None = None,
+    unreadable: Literal["wrong", "random"] = "wrong",
 ) -> dict[str, Any]:
-    """Measures exact match on questions with one right answer each.
+    """Measures exact match on questions with one right answer each; of ScienceQA, the letter that is chosen.
 
     Args:
         model_or_run: A model, or a folder that `mmfast.models.open_model` opens.
-        data: `world:<split>`, or a JSON or JSONL file. The right answer of a sample is its `answer` or, without
-            that, the text of its last turn.
+        data: As `open_samples` takes it. The right answer of a sample is its `answer` or, without that, the text of its
+            last turn.
         batch_size: Questions per batch; it changes the speed only.
         max_samples: Only the first so many samples. None: all.
         with_images: False asks the same questions without their images, the text-only baseline.
@@ -42,10 +44,12 @@ def evaluate(
         max_new_tokens: Longest answer, in tokens.
         progress: Whether to show a progress bar.
         answer_format: Name in `mmfast.data.ANSWER_FORMATS` of the prompt behind every question. None: no prompt.
+        unreadable: Whether an answer to ScienceQA that names no choice is wrong, or a choice is drawn for it.
 
     Returns:
         `{"data", "with_images", "answer_format", "n", "accuracy", "per_kind": {kind: {"n", "accuracy"}},
-        "chance_accuracy"}`; the accuracy of chance is None where it is not known, which is everywhere but in the world.
+        "chance_accuracy"}`; the accuracy of chance is None where it is not known, as in a file. Of ScienceQA also
+        "unreadable", the number of answers that name no choice.
 
     Raises:
         ValueError: If a sample has no answer to compare with, the model's template drops questions, or there is no
@@ -65,13 +69,17 @@ def evaluate(
     if not with_images:
         questions = [without_images(sample) for sample in questions]
     answers = answer_batch(model, questions, batch_size, max_new_tokens, media_folder=folder, progress=progress)
-    kinds = [sample.get("kind") for sample in chosen]
+    if is_scienceqa(data):
+        counts = score_choices(answers, chosen, unreadable)
+        chance: float | None = sum(1 / len(cast(Any, sample)["choices"]) for sample in chosen) / len(chosen)
+    else:
+        counts, chance = score(answers, references, [sample.get("kind") for sample in chosen]), _chance(data)
     return {
         "data": data,
         "with_images": with_images,
         "answer_format": answer_format,
-        **score(answers, references, kinds),
-        "chance_accuracy": _chance(data),
+        **counts,
+        "chance_accuracy": chance,
     }
 
 
@@ -87,12 +95,14 @@ def evaluate_run(
     llm: str | None = None,
     encoder: str | None = None,
     answer_format: str | None = None,
+    unreadable: Literal["wrong", "random"] = "wrong",
 ) -> dict[str, Any]:
     """Measures a trained model's exact match, prints a table and writes it as JSON.
 
     Args:
         run: A run folder, or a folder with a saved or exported model.
-        data: Questions with one right answer each: world:<split>, or a JSON or JSONL file.
+        data: Questions with one right answer each: world:<split>, scienceqa:<path of problems.json>:<split>, or a JSON
+            or JSONL file.
         batch_size: Questions per batch; it changes the speed only.
         max_samples: Only the first so many samples. None: all.
         media_folder: Folder to which image paths are relative. None: the folder of the data file.
@@ -103,6 +113,7 @@ def evaluate_run(
         encoder: Folder of the encoder, where it has moved since the training.
         answer_format: What is written behind every question: short ("Answer the question using a single word or
             phrase.") or letter ("Answer with the option's letter from the given choices directly."). None: nothing.
+        unreadable: Whether an answer to ScienceQA that names no choice is wrong, or random: a choice is drawn for it.
 
     Returns:
         `{"with_images": ..., "text_only": ...}`, each as `evaluate` returns it.
@@ -116,11 +127,14 @@ def evaluate_run(
         "max_new_tokens": max_new_tokens,
         "progress": sys.stderr.isatty(),
         "answer_format": answer_format,
+        "unreadable": unreadable,
     }
     results = {"with_images": evaluate(model, **options)}
     if text_only:
         results["text_only"] = evaluate(model, **options, with_images=False)
     print(format_table(results))
+    if results["with_images"].get("unreadable"):
+        print(f"{results['with_images']['unreadable']} answers name no choice and count as {unreadable}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.rpartition("/")[2])
     path = Path(out) if out is not None else Path(run) / f"evaluation-{name.removesuffix('.json')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +219,7 @@ def _check_template(model: MultimodalModel) -> None:
 
 def _chance(data: str) -> float | None:
     split = world_split(data)
-    if split is None or split.startswith("captions"):
+    if split is None or split.startswith("captions") or "+" in split:
         return None
     from mmfast.world import chance_accuracy
 

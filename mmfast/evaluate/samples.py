@@ -1,4 +1,4 @@
-"""Opening a data set by its name: a file, or a part of the embedded world."""
+"""Opening a data set by its name: a file, a split of ScienceQA, or parts of the embedded world."""
 
 from __future__ import annotations
 
@@ -9,29 +9,39 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from mmfast.data.samples import Sample
 
-__all__ = ["open_samples", "world_split"]
+__all__ = ["is_scienceqa", "open_samples", "world_split"]
 
 _WORLD = "world:"
+_SCIENCEQA = "scienceqa:"
 
 
 def open_samples(data: str, media_folder: str | None = None) -> tuple[Sequence[Sample], str | None]:
     """Opens a data set by name.
 
     Args:
-        data: `world:<split>` for the embedded world, else a JSON or JSONL file.
-        media_folder: Folder to which image paths are relative. None: the folder of the file.
+        data: `world:<split>` for the embedded world, or several of its splits joined by "+";
+            `scienceqa:<path of problems.json>:<split>`; else a JSON or JSONL file.
+        media_folder: Folder to which image paths are relative. None: the folder of the file, for ScienceQA `images`
+            in that folder.
 
     Returns:
         The samples, and the media folder (None for the world, whose images need none).
 
     Raises:
-        ValueError: If the world has no such split, or the file holds no samples.
+        ValueError: If there is no such split, or the file holds no samples.
     """
     split = world_split(data)
     if split is not None:
         from mmfast.world import samples
 
-        return cast(Any, samples(split)), None
+        parts = [samples(name) for name in split.split("+")]
+        return cast(Any, parts[0] if len(parts) == 1 else _Joined(parts)), None
+    if is_scienceqa(data):
+        from mmfast.data.scienceqa import load_scienceqa
+
+        path, _, split = data.removeprefix(_SCIENCEQA).rpartition(":")
+        folder = media_folder if media_folder is not None else str(Path(path).parent / "images")
+        return load_scienceqa(path, split, folder), folder
     from mmfast.data import load_samples
 
     folder = media_folder if media_folder is not None else str(Path(data).parent)
@@ -41,6 +51,31 @@ def open_samples(data: str, media_folder: str | None = None) -> tuple[Sequence[S
     return loaded, folder
 
 
+def is_scienceqa(data: str) -> bool:
+    """Whether the name is that of a split of ScienceQA."""
+    return data.startswith(_SCIENCEQA)
+
+
 def world_split(data: str) -> str | None:
     """`<split>` of `world:<split>`, None for a file."""
     return data.removeprefix(_WORLD) if data.startswith(_WORLD) else None
+
+
+class _Joined(Sequence["Sample"]):
+    """Several data sets one after the other; nothing is made before it is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        for part in self._parts:
+            if position < len(part):
+                break
+            position -= len(part)
+        return part[position]

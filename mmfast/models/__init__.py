@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "SYSTEMS",
+    "Lavin",
+    "LavinConfig",
     "Llava",
     "LlavaConfig",
     "LoraSpec",
@@ -23,10 +25,13 @@ __all__ = [
 SYSTEMS = {
     "llava": "mmfast.models.llava:Llava",
     "minigpt4": "mmfast.models.minigpt4:MiniGPT4",
+    "lavin": "mmfast.models.lavin:Lavin",
 }
 """Name of each system and where its model class is."""
 
 _HOMES = {
+    "Lavin": "lavin",
+    "LavinConfig": "lavin",
     "Llava": "llava",
     "LlavaConfig": "llava",
     "LoraSpec": "stages",
@@ -39,6 +44,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel, MultimodalOutput
+    from mmfast.models.lavin import Lavin, LavinConfig
     from mmfast.models.llava import Llava, LlavaConfig
     from mmfast.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from mmfast.models.stages import LoraSpec, Stage

@@ -113,13 +113,15 @@ class MixtureAdapter(nn.Module):
         nn.init.uniform_(self.router_weight, -bound, bound)
         nn.init.uniform_(self.router_bias, -bound, bound)
 
-    def forward(self, x: Tensor, router_input: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, router_input: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Maps [B, T, hidden_size] (or [B, hidden_size], one token) to the same shape and dtype.
 
         Args:
             x: The input.
             router_input: [B, hidden_size], what the router looks at instead of x[:, 0]; or the shape of x, for weights
                 of each token.
+            weights: [B, num_experts], or [B, T, num_experts] for each token: what `route` gave, instead of asking the
+                router.
 
         Raises:
             ValueError: If x has another number of dimensions, or cached weights are those of another batch size.
@@ -136,7 +138,7 @@ class MixtureAdapter(nn.Module):
             self.down_bias,
             self.up_weight,
             self.up_bias,
-            self._weights(x, router_input),
+            self._weights(x, router_input) if weights is None else weights,
             self.scale,
             self.dropout if self.training else 0.0,
             self.activation,

@@ -125,7 +125,8 @@ class TrainConfig:
     start_from: str | None = None
     """A finished run (or saved model folder) whose trained parts this run starts with. None: fresh ones."""
     data: str | None = None
-    """Training samples: a JSON or JSONL file, or world:<split> for the embedded world. A stage may name its own."""
+    """Training samples: a JSON or JSONL file, world:<split> for the embedded world (several splits are joined by "+")
+    or scienceqa:<path of problems.json>:<split>. A stage may name its own."""
     media_folder: str | None = None
     """Folder to which the samples' image paths are relative. None: the folder of the data file."""
     out: str = "runs/train"

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WindowResult", "accumulate_gradients", "build_optimizer", "check_gradients", "clip_gradients"]
 
-# LoRA starts with B = 0, so the first gradient of A is zero; only what ends so may have none.
-_ZERO_AT_FIRST = ("lora_a",)
+# LoRA starts with B = 0, so the first gradient of A is zero; likewise in a mixture adapter everything before its
+# up-projections, and the modality token that they are routed by. Only what ends so may have none.
+_ZERO_AT_FIRST = ("lora_a", "down_weight", "down_bias", "router_weight", "router_bias", "modality.weight")
 _NAMED = 6
 
 
@@ -50,10 +51,12 @@ def build_optimizer(model: MultimodalModel, stage: Stage, config: StageConfig) -
         stage: What trains, with its learning rates.
         config: Gives the betas and the weight decay.
     """
+    # The biases of several experts stand in one matrix.
+    biases = {id(p) for name, p in model.named_parameters() if name.endswith("bias")}
     groups = []
     for part in model.parameter_groups(stage):
-        matrices = [p for p in part["params"] if p.ndim >= 2]
-        vectors = [p for p in part["params"] if p.ndim < 2]
+        matrices = [p for p in part["params"] if p.ndim >= 2 and id(p) not in biases]
+        vectors = [p for p in part["params"] if p.ndim < 2 or id(p) in biases]
         for params, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
             if params:
                 group = {"name": part["name"], "params": params, "lr": part["lr"], "peak_lr": part["lr"]}
@@ -112,7 +115,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
 def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> None:
     """Checks that everything that trains got a gradient that says something.
 
-    LoRA's A is excepted: it has no gradient before B has left zero.
+    LoRA's A is excepted, and what else has no gradient before another tensor has left zero.
 
     Raises:
         RuntimeError: If a trainable tensor has no gradient, or a gradient of zeros; the message names the parts

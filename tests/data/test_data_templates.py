@@ -66,6 +66,12 @@ CONVERSATION = [user(IMAGE, "Who?"), assistant("Ann."), user("And?"), assistant(
             "\n<</SYS>>\n\n<image>\nWho? [/INST] Ann. </s><s>[INST] And? [/INST] Bob. </s>",
             " Ann. </s> Bob. </s>",
         ),
+        (
+            "lavin",
+            "Image: <image>Instruction: Who?\nResponse:Ann.</s>Instruction: And?\nResponse:Bob.</s>",
+            "Ann.</s>Bob.</s>",
+        ),
+        ("lavin_scienceqa", "Image: <image>Who?\nResponse:Ann.</s>And?\nResponse:Bob.</s>", "Ann.</s>Bob.</s>"),
     ],
 )
 def test_render_writes_the_published_form(name: str, expected: str, learned: str) -> None:
@@ -151,6 +157,15 @@ def test_render_places_images(content: list[Any], expected: str) -> None:
     assert written(get_template("short").render([user(*content)], True)) == f"USER: {expected} ASSISTANT:"
 
 
+def test_render_puts_all_media_first() -> None:
+    template = get_template("lavin")
+    messages = [user("Who", IMAGE, " is it?"), assistant("Ann."), user("And ", IMAGE, "?")]
+    assert written(template.render(messages, True)) == (
+        "Image: <image>Image: <image>Instruction: Who is it?\nResponse:Ann.</s>Instruction: And ?\nResponse:"
+    )
+    assert written(template.render([user("Who?")], True)) == "Image: N/A Instruction: Who?\nResponse:"
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_render_generation_prompt_is_what_comes_before_the_answer(name: str) -> None:
     template = get_template(name)
@@ -166,6 +181,8 @@ def test_render_generation_prompt_is_what_comes_before_the_answer(name: str) -> 
         "minigpt4_chat": f"{last}###",
         "minigpt4_llama_2": f"{last}</s>",
         "minigpt_v2": f"{last}</s>",
+        "lavin": f"{last}</s>",
+        "lavin_scienceqa": f"{last}</s>",
     }
     assert rest == expected.get(name, f" {last}</s>")
     assert prompt == prompt.rstrip() or template.answer_apart

@@ -44,7 +44,18 @@ def test_minigpt4_recipes_have_the_published_numbers(name: str) -> None:
 
 
 def test_recipes_are_the_named_ones() -> None:
-    assert recipe_names() == sorted([*PUBLISHED, *MINIGPT4, "llava-world", "llava-hd-world", "minigpt4-world"])
+    assert recipe_names() == sorted(
+        [
+            *PUBLISHED,
+            *MINIGPT4,
+            "llava-world",
+            "llava-hd-world",
+            "minigpt4-world",
+            "lavin-13b",
+            "lavin-7b",
+            "lavin-world",
+        ]
+    )
 
 
 def test_llava_1_5_hd_has_the_canvases_of_six_tiles() -> None:

@@ -26,6 +26,12 @@ COUNTS: dict[str, dict[str, dict[str, int]]] = {
         "align": {"connector": 4_198_400},
         "instruct": {"connector": 4_198_400, "language_model": 6_738_415_616},
     },
+    "lavin-7b": {  # 3,781,296
+        "instruct": {"vision_adapters": 491_760, "connector": 659_584, "modality": 8_192, "adapters": 2_621_760}
+    },
+    "lavin-13b": {  # 5,390,080
+        "instruct": {"vision_adapters": 491_760, "connector": 791_680, "modality": 10_240, "adapters": 4_096_400}
+    },
 }
 
 
