@@ -38,6 +38,7 @@ ENTRIES: dict[str, Entry] = {
     "llava": Entry("llava-world"),
     "minigpt4": Entry("minigpt4-world"),
     "lavin": Entry("lavin-world"),
+    "video-chatgpt": Entry("video-chatgpt-world", CLIPS),
     "fine-tune": Entry("llava-world", stages=("align", "instruct")),
 }
 """Each row by its name. `fine-tune` trains the whole language model: what the cheap methods are measured against."""

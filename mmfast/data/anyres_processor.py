@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmfast.data.anyres import Anyres
 from mmfast.data.images import image_size, load_image
 from mmfast.data.processor import Processor
-from mmfast.data.samples import MediaPart
+from mmfast.data.samples import ImagePart, MediaPart
 from mmfast.data.templates import Template
 
 
@@ -98,7 +98,7 @@ class AnyresProcessor(Processor):
             ValueError: as `image_size`; the image is too long.
         """
         try:
-            return self.anyres.num_tokens(image_size(part, media_folder, sample_id))
+            return self.anyres.num_tokens(image_size(cast(ImagePart, part), media_folder, sample_id))
         except ValueError as error:
             raise _named(error, sample_id) from error
 
@@ -108,12 +108,13 @@ class AnyresProcessor(Processor):
         Raises:
             ValueError: as `load_image`; or its file says another size than it has.
         """
-        image = load_image(part, media_folder, sample_id)
+        picture = cast(ImagePart, part)
+        image = load_image(picture, media_folder, sample_id)
         size = (image.height, image.width)
-        if size != image_size(part, media_folder, sample_id):
+        if size != image_size(picture, media_folder, sample_id):
             raise ValueError(
-                f"sample '{sample_id}': image '{part['image']}' has its EXIF orientation behind its pixels, too late "
-                "to count its tokens; save it again, upright"
+                f"sample '{sample_id}': image '{picture['image']}' has its EXIF orientation behind its pixels, too "
+                "late to count its tokens; save it again, upright"
             )
         views = self.anyres.views(image, self.image_processor.resample)
         pixels: Tensor = self.image_processor(images=views, return_tensors="pt")["pixel_values"]

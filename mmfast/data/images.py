@@ -58,7 +58,7 @@ def _opened(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample
 
     source = part["image"]
     if isinstance(source, str):
-        source = _resolve(source, media_folder, sample_id)
+        source = resolve_media(source, media_folder, sample_id, "image")
     # Decoders raise far more than OSError on broken files (SyntaxError, ValueError, struct.error, ...): whatever
     # they raise, the file is at fault.
     try:
@@ -103,24 +103,35 @@ def pad_to_square(image: Image, mean: Sequence[float]) -> Image:
     return square
 
 
-def _resolve(path: str, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Path:
+def resolve_media(path: str, media_folder: str | os.PathLike[str] | None, sample_id: str, kind: str) -> Path:
+    """The file at `path`, below `media_folder`.
+
+    Args:
+        path: relative to `media_folder`, or absolute.
+        media_folder: links are followed, and must end inside it.
+        sample_id: for the errors.
+        kind: "image" or "video", for the errors.
+
+    Raises:
+        ValueError: there is no media folder, the path leaves it, or no such file.
+    """
     where = f"sample '{sample_id}'"
     if media_folder is None:
-        raise ValueError(f"{where}: image path {path!r} without a media folder; pass media_folder")
-    check_media_path(path, media_folder, where)
+        raise ValueError(f"{where}: {kind} path {path!r} without a media folder; pass media_folder")
+    check_media_path(path, media_folder, where, kind)
     try:
         folder = Path(media_folder).resolve()
         file = (folder / path).resolve()
         is_file = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL or an over-long name
-        raise ValueError(f"{where}: image path {path!r} cannot be resolved: {error}; correct the path") from error
+        raise ValueError(f"{where}: {kind} path {path!r} cannot be resolved: {error}; correct the path") from error
     if not file.is_relative_to(folder):
         raise ValueError(
-            f"{where}: image path {path!r} leads to '{file}', outside the media folder '{folder}'; links may not "
+            f"{where}: {kind} path {path!r} leads to '{file}', outside the media folder '{folder}'; links may not "
             "leave it; pass the folder that holds all media as media_folder"
         )
     if not is_file:
         raise ValueError(
-            f"{where}: image '{file}' does not exist or is no file; image paths start at the media folder '{folder}'"
+            f"{where}: {kind} '{file}' does not exist or is no file; {kind} paths start at the media folder '{folder}'"
         )
     return file

@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from mmfast.data.images import load_image, pad_to_square
-from mmfast.data.samples import MediaPart, Sample, content_parts, validate_sample, with_media_first
+from mmfast.data.samples import ImagePart, MediaPart, Sample, content_parts, validate_sample, with_media_first
 from mmfast.data.templates import AnyPiece, ControlPiece, MediaPiece, Piece, Template, get_template
 
 IGNORE = -100
@@ -208,7 +208,7 @@ class Processor:
         Raises:
             ValueError: as `load_image`.
         """
-        image = load_image(part, media_folder, sample_id)
+        image = load_image(cast(ImagePart, part), media_folder, sample_id)
         if self.pad_to_square:
             image = pad_to_square(image, self.image_processor.image_mean)
         pixels: Tensor = self.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]

@@ -5,13 +5,15 @@
                                      {"type": "text", "text": "What is this?"}]},
         {"role": "assistant", "content": "A cat."}]}
 
-A sample has 0..N images, anywhere in its user turns. A content that is a plain string means one text part.
+A sample has 0..N media, images or videos, anywhere in its user turns. A content that is a plain string means one text
+part.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, cast
@@ -20,6 +22,8 @@ from mmfast.data.captions import from_caption
 
 IMAGE_MARKER = "<image>"
 """What stands for an image in the text of a LLaVA JSON file."""
+VIDEO_MARKER = "<video>"
+"""What stands for a video in the text of a Video-ChatGPT JSON file."""
 
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -38,7 +42,14 @@ class ImagePart(TypedDict):
     image: Any
 
 
-MediaPart: TypeAlias = ImagePart
+class VideoPart(TypedDict):
+    """A clip: a path relative to the media folder, or a sequence of `PIL.Image.Image`, its frames."""
+
+    type: Literal["video"]
+    video: Any
+
+
+MediaPart: TypeAlias = ImagePart | VideoPart
 Part: TypeAlias = TextPart | MediaPart
 
 
@@ -147,8 +158,15 @@ def _validate_part(part: Any, role: str, where: str) -> None:
         # A PIL image is recognised by what is used of it, so that Pillow need not be imported here.
         if not (isinstance(image, str) and image) and not hasattr(image, "convert"):
             raise ValueError(f"{where}.image is {_shown(image)}; expected a path or a PIL image")
+    elif kind == "video":
+        if role != "user":
+            raise ValueError(f"{where}: a video in a turn of '{role}'; move it to a user turn")
+        video = part.get("video")
+        frames = video if isinstance(video, Sequence) and not isinstance(video, str) else ()
+        if not (isinstance(video, str) and video) and not (frames and all(hasattr(f, "convert") for f in frames)):
+            raise ValueError(f"{where}.video is {_shown(video)}; expected a path or a sequence of PIL images")
     else:
-        raise ValueError(f"{where} is {_shown(part)}; accepted types are 'text' and 'image'")
+        raise ValueError(f"{where} is {_shown(part)}; accepted types are 'text', 'image' and 'video'")
 
 
 def _validate_turn_order(roles: list[str], where: str) -> None:
@@ -164,7 +182,7 @@ def _validate_turn_order(roles: list[str], where: str) -> None:
             )
 
 
-def check_media_path(path: str, media_folder: str | os.PathLike[str], where: str) -> None:
+def check_media_path(path: str, media_folder: str | os.PathLike[str], where: str, kind: str = "image") -> None:
     """Refuses a path that, as written, leaves `media_folder`; touches no file (links are followed on opening).
 
     Raises:
@@ -176,7 +194,7 @@ def check_media_path(path: str, media_folder: str | os.PathLike[str], where: str
         escapes = not pure.is_relative_to(os.path.abspath(media_folder))
     if escapes:
         raise ValueError(
-            f"{where}: image path {path!r} leaves the media folder '{os.fspath(media_folder)}'; accepted are paths "
+            f"{where}: {kind} path {path!r} leaves the media folder '{os.fspath(media_folder)}'; accepted are paths "
             "below it; pass the folder that holds all media as media_folder"
         )
 
@@ -187,10 +205,14 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
     - a JSON list, or JSON Lines, of samples as described in this module;
     - the same of LLaVA records: `{"id", "image": path | [paths], "conversations": [{"from": "human" | "gpt",
       "value"}]}`. Every `<image>` in a human turn becomes an image part at its position. Without any marker the
-      images come first in the first human turn.
+      images come first in the first human turn. Video-ChatGPT's have "video" and `<video>`;
+    - the same of VideoInstruct records: `{"q", "a", "video_id"}`. As Video-ChatGPT converts them, the video follows
+      the question in records of even index and precedes it in the others. The video is the file of the media folder
+      whose name without ending is `video_id`: `<video_id>.pkl` (features, see `mmfast.data.features`) if there is
+      none or several of them.
 
-    A missing id becomes `<file stem>-<index>`. LLaVA files use the image's name as the id of several records, so
-    there a repeated id gets a suffix (`#2`, `#3`, …).
+    A missing id becomes `<file stem>-<index>`, for VideoInstruct `video_id`. LLaVA files use the image's name as the
+    id of several records, so there a repeated id gets a suffix (`#2`, `#3`, …).
 
     Args:
         path: the file, UTF-8.
@@ -206,9 +228,12 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
     samples: list[Sample] = []
     unnamed: list[Sample] = []
     taken: dict[str, int] = {}
+    videos = _VideoFiles(folder)
     for index, (where, record) in enumerate(_records(path)):
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a record is {_shown(record)}; expected an object")
+        if record.keys() >= {"q", "a", "video_id"}:
+            record = _from_video_instruct(record, index, videos, where)
         is_llava, is_caption = "conversations" in record, "caption" in record
         own = record.get("image_id") if is_caption and record.get("id") is None else record.get("id")
         is_named = own is not None
@@ -221,9 +246,9 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
         else:
             sample = cast(Sample, {**record, "id": name})
         validate_sample(sample, where)
-        for part in _image_parts(sample):
-            if isinstance(part["image"], str):
-                check_media_path(part["image"], folder, f"{where} '{name}'")
+        for kind, medium in _media(sample):
+            if isinstance(medium, str):
+                check_media_path(medium, folder, f"{where} '{name}'", kind)
         if not is_named:
             unnamed.append(sample)
         elif name in taken and not is_llava:
@@ -297,13 +322,39 @@ def _annotations(text: str) -> list[Any] | None:
     return content["annotations"] if whole else None
 
 
+class _VideoFiles:
+    """The files of a folder by their names without ending; the folder is listed when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: dict[str, list[str]] | None = None
+
+    def __getitem__(self, video_id: str) -> str:
+        if self._names is None:
+            self._names = {}
+            for file in self._folder.iterdir() if self._folder.is_dir() else ():
+                self._names.setdefault(file.stem, []).append(file.name)
+        found = self._names.get(video_id, [])
+        return found[0] if len(found) == 1 else f"{video_id}.pkl"
+
+
+def _from_video_instruct(record: dict[str, Any], index: int, videos: _VideoFiles, where: str) -> dict[str, Any]:
+    """A VideoInstruct record as Video-ChatGPT's LLaVA record; further keys are kept.
+
+    Source: Video-ChatGPT `scripts/convert_instruction_json_to_training_format.py`.
+    """
+    question, answer, video_id = (record[key] for key in ("q", "a", "video_id"))
+    if not all(isinstance(value, str) and value for value in (question, answer, video_id)):
+        raise ValueError(f"{where}: a record is {_shown(record)}; expected texts as 'q', 'a' and 'video_id'")
+    asked = f"{VIDEO_MARKER}\n{question}" if index % 2 else f"{question}\n{VIDEO_MARKER}"
+    rest = {key: value for key, value in record.items() if key not in ("q", "a", "video_id")}
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    return {**rest, "id": video_id, "video": videos[video_id], "conversations": turns}
+
+
 def _from_llava(record: dict[str, Any], name: str, where: str) -> Sample:
-    """A LLaVA record as a sample; keys other than `image` and `conversations` are kept."""
+    """A LLaVA record as a sample; keys other than `image`, `video` and `conversations` are kept."""
     where = f"{where} '{name}'"
-    images = record.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{where}: image is {_shown(images)}; expected a path or a list of paths")
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{where}: conversations is {_shown(turns)}; expected a non-empty list of turns")
@@ -315,39 +366,53 @@ def _from_llava(record: dict[str, Any], name: str, where: str) -> Sample:
             )
     roles = [_LLAVA_ROLES[turn["from"]] for turn in turns]
     values = [turn["value"] for turn in turns]
-    markers = sum(value.count(IMAGE_MARKER) for role, value in zip(roles, values, strict=True) if role == "user")
-    if markers == 0 and images and "user" in roles:
-        first = roles.index("user")
-        values[first] = IMAGE_MARKER * len(images) + values[first]
-    elif markers != len(images):
-        raise ValueError(
-            f"{where}: {markers} '{IMAGE_MARKER}' in the human turns but {len(images)} images; expected one marker "
-            "per image (or no marker at all: images then come first)"
-        )
-    remaining = iter(images)
+    rest = {key: value for key, value in record.items() if key != "conversations"}
+    media = {IMAGE_MARKER: _media_of(rest.pop("image", None), "image", IMAGE_MARKER, roles, values, where)}
+    # Only where there is a video: elsewhere it is text, an element of HTML.
+    if "video" in rest:
+        media[VIDEO_MARKER] = _media_of(rest.pop("video"), "video", VIDEO_MARKER, roles, values, where)
     messages = []
     for role, value in zip(roles, values, strict=True):
-        content = _split_markers(value, remaining) if role == "user" else value
+        content = _split_markers(value, media) if role == "user" else value
         messages.append({"role": role, "content": content})
-    rest = {key: value for key, value in record.items() if key not in ("image", "conversations")}
     return cast(Sample, {**rest, "id": name, "messages": messages})
 
 
-def _split_markers(value: str, images: Iterator[str]) -> list[Part]:
-    parts: list[Part] = []
-    for index, text in enumerate(value.split(IMAGE_MARKER)):
-        if index > 0:
-            parts.append({"type": "image", "image": next(images)})
-        if text:
+def _media_of(
+    paths: Any, kind: str, marker: str, roles: list[str], values: list[str], where: str
+) -> Iterator[dict[str, str]]:
+    """The parts of one kind, in the order of their markers; puts missing markers into the first human turn."""
+    paths = [] if paths is None else [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{where}: {kind} is {_shown(paths)}; expected a path or a list of paths")
+    markers = sum(value.count(marker) for role, value in zip(roles, values, strict=True) if role == "user")
+    if markers == 0 and paths and "user" in roles:
+        first = roles.index("user")
+        values[first] = marker * len(paths) + values[first]
+    elif markers != len(paths):
+        raise ValueError(
+            f"{where}: {markers} '{marker}' in the human turns but {len(paths)} {kind}s; expected one marker "
+            f"per {kind} (or no marker at all: {kind}s then come first)"
+        )
+    return iter([{"type": kind, kind: path} for path in paths])
+
+
+def _split_markers(value: str, media: Mapping[str, Iterator[dict[str, str]]]) -> list[Any]:
+    parts: list[Any] = []
+    for text in re.split(f"({'|'.join(media)})", value):
+        if text in media:
+            parts.append(next(media[text]))
+        elif text:
             parts.append({"type": "text", "text": text})
     return parts
 
 
-def _image_parts(sample: Sample) -> Iterator[ImagePart]:
+def _media(sample: Sample) -> Iterator[tuple[str, Any]]:
+    """The kind of each medium and the medium itself."""
     for message in sample["messages"]:
         for part in content_parts(message):
-            if part["type"] == "image":
-                yield part
+            if part["type"] != "text":
+                yield part["type"], cast(Any, part)[part["type"]]
 
 
 def _shown(value: Any) -> str:

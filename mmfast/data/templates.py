@@ -1,7 +1,8 @@
 """Conversation templates: a conversation becomes pieces of text that know whether they are supervised.
 
 Labels are made from these pieces while they are tokenised; a rendered string is never taken apart again.
-Source of the texts and separators: LLaVA `llava/conversation.py`, `llava/train/train.py` (Apache-2.0).
+Source of the texts and separators: LLaVA `llava/conversation.py`, `llava/train/train.py` (Apache-2.0); Video-ChatGPT
+`video_chatgpt/video_conversation.py`.
 """
 
 from __future__ import annotations
@@ -209,6 +210,14 @@ _LLAVA_LLAMA_2_SYSTEM = (
 )
 
 
+# The missing space between two of the sentences is the original's.
+_VIDEO_CHATGPT_SYSTEM = (
+    "You are Video-ChatGPT, a large vision-language assistant. You are able to understand the video content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.Follow the instructions "
+    "carefully and explain your answers in detail based on the provided video."
+)
+
+
 def _llama_2(name: str, system: str) -> Template:
     return Template(
         name,
@@ -290,6 +299,7 @@ TEMPLATES: dict[str, Template] = {
         Template("llava_v1", system=_USER_AND_ASSISTANT.format(user="human")),
         _llama_2("llama_2", _LLAMA_2_SYSTEM),
         _llama_2("llava_llama_2", _LLAVA_LLAMA_2_SYSTEM),
+        Template("video-chatgpt_v1", system=_VIDEO_CHATGPT_SYSTEM),
         Template("short"),
         _minigpt4("minigpt4", opening="###"),
         _minigpt4("minigpt4_chat", system=_MINIGPT4_SYSTEM, system_format="{system}###"),
@@ -300,12 +310,13 @@ TEMPLATES: dict[str, Template] = {
     )
 }
 """The templates by name. `plain` is that of the alignment stage: images, caption, newline. `llava_v1` says "human"
-where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. `short` is `vicuna_v1` without a system
-text, for small models. `minigpt4` is what MiniGPT-4's second stage trains with on Vicuna, `minigpt4_chat` the same
-with the system text of its demo; `minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2. `lavin` is LaVIN's for
-instructions, `lavin_scienceqa` that for questions which say what their parts are, as `mmfast.data.scienceqa` writes
-them; the space after "N/A" is the one that SentencePiece puts before the text, which LaVIN tokenises apart (LaVIN
-`engine.py`, `util/base_prompt.py`, `tools/data_processing.py`)."""
+where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. Video-ChatGPT trains with `vicuna_v1` and
+asks with `video-chatgpt_v1`. `short` is `vicuna_v1` without a system text, for small models. `minigpt4` is what
+MiniGPT-4's second stage trains with on Vicuna, `minigpt4_chat` the same with the system text of its demo;
+`minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2. `lavin` is LaVIN's for instructions, `lavin_scienceqa`
+that for questions which say what their parts are, as `mmfast.data.scienceqa` writes them; the space after "N/A" is the
+one that SentencePiece puts before the text, which LaVIN tokenises apart (LaVIN `engine.py`, `util/base_prompt.py`,
+`tools/data_processing.py`)."""
 
 
 def get_template(name: str) -> Template:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from mmfast.data.images import load_image
 from mmfast.data.samples import Message, Part, Sample
+from mmfast.data.video_processor import FEATURE_FILE
+from mmfast.data.videos import load_video
 from mmfast.generate.decoding import (
     StopRule,
     check_max_new_tokens,
@@ -30,11 +33,11 @@ from mmfast.generate.decoding import (
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
 
-__all__ = ["ChatSession", "read_image"]
+__all__ = ["ChatSession", "read_image", "read_video"]
 
 
 class ChatSession:
-    """A conversation: every question is answered in view of all earlier turns and their images.
+    """A conversation: every question is answered in view of all earlier turns and their images or videos.
 
     A turn that fails, is interrupted or has an empty answer leaves no trace in the history. With the template
     `plain`, which knows no conversation, every turn stands alone and needs an image.
@@ -68,19 +71,31 @@ class ChatSession:
         self._rule = StopRule(model)
         self._processor = processor_of(model)
 
-    def send(self, text: str, images: Sequence[str | Path | Image.Image] = ()) -> str:
+    def send(
+        self,
+        text: str,
+        images: Sequence[str | Path | Image.Image] = (),
+        videos: Sequence[str | Path | Sequence[Image.Image]] = (),
+    ) -> str:
         """Asks and returns the whole answer, without surrounding white space.
 
         Args:
             text: The question.
             images: Images shown with it, before the text: files or PIL images.
+            videos: Videos shown with it, after the text: files or sequences of PIL images.
 
         Raises:
-            ValueError: If an image cannot be read or the conversation has outgrown the model's context.
+            ValueError: If a medium cannot be read, is of a kind that the model does not read, or the conversation has
+                outgrown the model's context.
         """
-        return "".join(self.stream(text, images))
+        return "".join(self.stream(text, images, videos))
 
-    def stream(self, text: str, images: Sequence[str | Path | Image.Image] = ()) -> Iterator[str]:
+    def stream(
+        self,
+        text: str,
+        images: Sequence[str | Path | Image.Image] = (),
+        videos: Sequence[str | Path | Sequence[Image.Image]] = (),
+    ) -> Iterator[str]:
         """Asks and yields the answer in pieces as it is made; together they are what `send` returns.
 
         Closing the iterator stops the model after its current token.
@@ -88,13 +103,16 @@ class ChatSession:
         Args:
             text: The question.
             images: Images shown with it, before the text: files or PIL images.
+            videos: Videos shown with it, after the text: files or sequences of PIL images.
 
         Raises:
-            ValueError: If an image cannot be read or the conversation has outgrown the model's context. It is
-                raised by this call, before the first piece.
+            ValueError: As `send`. It is raised by this call, before the first piece.
         """
         parts: list[Part] = [{"type": "image", "image": read_image(image)} for image in images]
-        question: Message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        parts.append({"type": "text", "text": f"{text}\n" if videos else text})
+        # Where Video-ChatGPT has them in its own inference; it trained with them on either side.
+        parts += [{"type": "video", "video": read_video(video)} for video in videos]
+        question: Message = {"role": "user", "content": parts}
         captioner = not self._processor.template.keep_question
         if captioner and not images:
             raise ValueError(
@@ -102,7 +120,8 @@ class ChatSession:
                 "a question with an image is accepted; add one (/image PATH), or train the next stage"
             )
         sample: Sample = {"id": "chat", "messages": [*([] if captioner else self.messages), question]}
-        encoded = encode_prompt(self.model, sample)
+        # A person may name any file, so the folder of all files is the media folder.
+        encoded = encode_prompt(self.model, sample, media_folder=Path(os.path.abspath(os.sep)))
         batch = self._processor.collate([encoded], padding_side="left")
         longest = min(self.max_new_tokens, context_length(self.model) - len(encoded.input_ids))
         return self._answer(question, to_device(batch, self.model.device), longest)
@@ -205,3 +224,19 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f"chat: the image {str(image)!r} is not there; a file that Pillow opens is accepted")
     # A person may name any file, so each file's own folder is its media folder.
     return load_image({"type": "image", "image": path.name}, path.parent, "chat")
+
+
+def read_video(video: str | Path | Sequence[Image.Image]) -> str | Sequence[Image.Image]:
+    """A video as a question takes it: frames as they are, a file by its absolute path, once it could be decoded.
+
+    Raises:
+        ValueError: If the file is missing or is no video.
+    """
+    if not isinstance(video, str | Path):
+        return video
+    path = Path(video).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"chat: the video {str(video)!r} is not there; a file that PyAV decodes is accepted")
+    if path.suffix != FEATURE_FILE:
+        load_video({"type": "video", "video": path.name}, path.parent, "chat", num_frames=1)
+    return str(path)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
-HELP = "/image PATH adds an image to the next question, /reset forgets everything, /quit leaves."
+HELP = "/image PATH and /video PATH add to the next question, /reset forgets everything, /quit leaves."
 
 
 def chat(
@@ -27,12 +27,13 @@ def chat(
     seed: int = 0,
     llm: str | None = None,
     encoder: str | None = None,
+    video: list[str] | str = (),  # type: ignore[assignment]
 ) -> None:
     """Talks with a trained model in the terminal.
 
-    Questions come from `prompt`, else from the keyboard, else line by line from a pipe. /image PATH adds an
-    image to the next question, /reset forgets everything, /quit leaves. Ctrl-C stops an answer; at an empty
-    prompt it leaves, as the end of the input does.
+    Questions come from `prompt`, else from the keyboard, else line by line from a pipe. /image PATH and /video PATH
+    add to the next question, /reset forgets everything, /quit leaves. Ctrl-C stops an answer; at an empty prompt it
+    leaves, as the end of the input does.
 
     Args:
         run: A run folder, or a folder with a saved or exported model.
@@ -44,20 +45,22 @@ def chat(
         seed: Seed of the sampling.
         llm: Folder of the language model, where it has moved since the training.
         encoder: Folder of the encoder, where it has moved since the training.
+        video: Video shown with the first question. Several: --video+ a.mp4 --video+ b.mp4.
     """
     import torch
 
-    from mmfast.generate.session import ChatSession, read_image
+    from mmfast.generate.session import ChatSession, read_image, read_video
     from mmfast.models import open_model
 
-    # Images first: a wrong path shows before minutes are spent on loading a model.
+    # Media first: a wrong path shows before minutes are spent on loading a model.
     images = [read_image(path) for path in ([image] if isinstance(image, str) else image)]
+    videos = [read_video(path) for path in ([video] if isinstance(video, str) else video)]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     model: Any = open_model(run, llm=llm, encoder=encoder)
     if torch.cuda.is_available():
         model = model.to("cuda")
     session = ChatSession(model, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
-    terminal = _Terminal(session, images, interactive=not prompts and sys.stdin.isatty())
+    terminal = _Terminal(session, images, videos, interactive=not prompts and sys.stdin.isatty())
     try:
         terminal.run(prompts or _typed(terminal.interactive))
     except KeyboardInterrupt:
@@ -82,9 +85,10 @@ def _typed(interactive: bool) -> Iterator[str]:
 class _Terminal:
     """Carries out lines: commands and questions. Errors end it unless a person sits in front."""
 
-    def __init__(self, session: ChatSession, images: list[Image], interactive: bool) -> None:
+    def __init__(self, session: ChatSession, images: list[Image], videos: list[Any], interactive: bool) -> None:
         self.session = session
         self.images = images
+        self.videos = videos
         self.interactive = interactive
 
     def run(self, lines: Iterable[str]) -> None:
@@ -103,21 +107,26 @@ class _Terminal:
 
     def obey(self, words: str) -> None:
         command, _, argument = words.partition(" ")
-        if command == "/image" and argument.strip():
-            from mmfast.generate.session import read_image
+        path = argument.strip().strip("'\"")
+        if command in ("/image", "/video") and path:
+            from mmfast.generate.session import read_image, read_video
 
-            self.images.append(read_image(argument.strip().strip("'\"")))
+            if command == "/image":
+                self.images.append(read_image(path))
+            else:
+                self.videos.append(read_video(path))
         elif command == "/reset":
             self.session.reset()
             self.images.clear()
+            self.videos.clear()
         elif command == "/help" or self.interactive:
             print(HELP)
         else:
-            raise ValueError(f"chat: the command is {words!r}; accepted are /image PATH, /reset and /quit")
+            raise ValueError(f"chat: the command is {words!r}; accepted are /image PATH, /video PATH, /reset and /quit")
 
     def ask(self, question: str) -> None:
         try:
-            for piece in self.session.stream(question, self.images):
+            for piece in self.session.stream(question, self.images, self.videos):
                 print(piece, end="", flush=True)
             print()
         except KeyboardInterrupt:
@@ -126,3 +135,4 @@ class _Terminal:
             print(" (stopped; this question is forgotten)")
             return
         self.images.clear()
+        self.videos.clear()

@@ -18,6 +18,8 @@ __all__ = [
     "MultimodalModel",
     "MultimodalOutput",
     "Stage",
+    "VideoChatGpt",
+    "VideoChatGptConfig",
     "get_system",
     "open_model",
 ]
@@ -26,6 +28,7 @@ SYSTEMS = {
     "llava": "mmfast.models.llava:Llava",
     "minigpt4": "mmfast.models.minigpt4:MiniGPT4",
     "lavin": "mmfast.models.lavin:Lavin",
+    "video_chatgpt": "mmfast.models.video_chatgpt:VideoChatGpt",
 }
 """Name of each system and where its model class is."""
 
@@ -40,6 +43,8 @@ _HOMES = {
     "MultimodalModel": "base",
     "MultimodalOutput": "base",
     "Stage": "stages",
+    "VideoChatGpt": "video_chatgpt",
+    "VideoChatGptConfig": "video_chatgpt",
 }
 
 if TYPE_CHECKING:
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from mmfast.models.llava import Llava, LlavaConfig
     from mmfast.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from mmfast.models.stages import LoraSpec, Stage
+    from mmfast.models.video_chatgpt import VideoChatGpt, VideoChatGptConfig
 
 
 def get_system(name: str) -> type[Any]:

@@ -40,6 +40,8 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-7b-v1.5": {**_LLAMA_7B, **_V1_5},
     "lmsys/vicuna-13b-v1.5": {**_LLAMA_13B, **_V1_5},
     "meta-llama/Llama-2-7b-chat-hf": {**_LLAMA_7B, **_V1_5},
+    # LLaVA-Lightning-7B-v1-1, the base of Video-ChatGPT: three words of LLaVA's first release.
+    "mmaaz60/LLaVA-7B-Lightening-v1-1": {**_LLAMA_7B, "vocab_size": 32003},
 }
 """Arguments of `LlamaConfig` (whose defaults are the 7B's sizes) by the name of the repository on the Hub."""
 

@@ -41,7 +41,7 @@ from mmfast.nn import MixtureAdapter
 from mmfast.nn.adapted_linear import MergeDrift
 
 if TYPE_CHECKING:
-    from mmfast.data.samples import MediaPart
+    from mmfast.data.samples import ImagePart, MediaPart
 
 __all__ = ["Lavin", "LavinConfig", "LavinProcessor"]
 

@@ -131,6 +131,9 @@ class TrainConfig:
     """Folder to which the samples' image paths are relative. None: the folder of the data file."""
     out: str = "runs/train"
     """The run folder: config.yaml, log.jsonl, checkpoints/ and, at the end, model/."""
+    feature_cache: str | None = None
+    """Folder in which a frozen encoder's features are kept, so that it runs once per video; runs may share it. None:
+    it runs in every step. For the system video_chatgpt."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"

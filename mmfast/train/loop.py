@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from mmfast.data import BatchPlan
+    from mmfast.data import BatchPlan, EncodedDataset
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
@@ -171,6 +171,8 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         check_supervision(dataset, limit=_CHECKED_AT_START)
     plan = BatchPlan(len(samples), config.batch_size, seed)
     total = steps_in_stage(len(samples), config.batch_size, config.epochs, config.max_steps)
+    if run.config.feature_cache:
+        _fill_feature_cache(run, dataset, plan, range(progress.step, total))
     optimizer = build_optimizer(model, stage, config)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
@@ -189,6 +191,21 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         accelerator.num_processes,
     )
     return _RunningStage(stage, config, plan, total, optimizer, names, windows)
+
+
+def _fill_feature_cache(run: _Run, dataset: EncodedDataset, plan: BatchPlan, steps: range) -> None:
+    """Encodes what the stage's remaining steps read and the cache does not have, each process its share."""
+    accelerator, model = run.accelerator, cast(Any, run.model)
+    used = sorted({index for batch in plan.batches(steps.start, steps.stop) for index in batch})
+    encoded = model.fill_feature_cache(
+        run.config.feature_cache,
+        (dataset.samples[index] for index in used),
+        dataset.media_folder,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    accelerator.print(f"feature cache {run.config.feature_cache}: {encoded} videos encoded, the others were there")
+    accelerator.wait_for_everyone()
 
 
 def _train_stage(run: _Run, running: _RunningStage) -> None:

@@ -35,6 +35,8 @@ def build_model(config: TrainConfig) -> MultimodalModel:
 
     system = get_system(config.system)
     options = system_options(config, system)
+    if config.feature_cache and not hasattr(system, "fill_feature_cache"):
+        raise ValueError(f"train: feature_cache is set, but the system {config.system} has none; null is accepted")
     model: MultimodalModel = system.from_parts(config.llm, config.encoder, dtype=torch_dtype(config), **options)
     if config.start_from:
         _start_from(model, config.start_from)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mmfast.world.checks import probe_accuracy, text_accuracy
+from mmfast.world.checks import clip_probe_accuracy, probe_accuracy, text_accuracy
 from mmfast.world.datasets import samples
 from mmfast.world.digits import CANVAS_SIZE
 from mmfast.world.tokenizer import build_tokenizer
@@ -68,6 +68,7 @@ def make_encoder(folder: Path, seed: int, max_steps: int | None) -> None:
         model.save_pretrained(draft)
         _write_json(draft / "preprocessor_config.json", PREPROCESSOR)
     print("encoder, linear probe on test digits:", _percent(probe_accuracy(model)))
+    print("encoder, linear probe on test clips, pooled:", _percent(clip_probe_accuracy(model)))
 
 
 def make_llm(folder: Path, seed: int, max_steps: int | None) -> None:
@@ -77,10 +78,8 @@ def make_llm(folder: Path, seed: int, max_steps: int | None) -> None:
     with _published(folder) as draft:
         model.save_pretrained(draft)
         _save_tokenizer(tokenizer, draft)
-    print(
-        "llm, exact answers to held-out text questions:",
-        _percent(text_accuracy(model, tokenizer, samples("text-test"))),
-    )
+    for name in ("text-test", "cliptext-test"):
+        print(f"llm, exact answers to {name}:", _percent(text_accuracy(model, tokenizer, samples(name))))
 
 
 def _save_tokenizer(tokenizer: transformers.PreTrainedTokenizerFast, folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfast.data.samples import Sample, content_parts
+from mmfast.world.clips import draw_clip, draw_frames
 from mmfast.world.digits import CELL_SIZE, enlarge, load_split
 from mmfast.world.train_encoder import assemble, cell_of_patch, normalize
 
@@ -87,6 +88,39 @@ def probe_accuracy(model: CLIPVisionModel, repeats: int = 4, seed: int = 0) -> d
         guess = _ridge(fit, targets, read).argmax(-1)
         accuracy[name] = (guess == test_labels.repeat_interleave(copies)).double().mean().item()
     return accuracy
+
+
+@torch.no_grad()
+def clip_features(model: CLIPVisionModel, clips: Sequence[np.ndarray]) -> Tensor:
+    """What Video-ChatGPT reads of clips of eight frames [8, 32, 32] uint8: [N, 8 + 16, C].
+
+    Means over the patches of each frame, then means over the frames at each patch.
+    """
+    frames = torch.from_numpy(np.concatenate(clips)).float() / 255
+    patches = model(pixel_values=normalize(frames), output_hidden_states=True).hidden_states[-2][:, 1:]
+    by_clip = patches.view(len(clips), -1, *patches.shape[1:])
+    return torch.cat([by_clip.mean(2), by_clip.mean(1)], dim=1)
+
+
+def clip_probe_accuracy(model: CLIPVisionModel, clips: int = 1000, seed: int = 0) -> dict[str, float]:
+    """How well one linear reader, fitted on train digits, reads the digits of a clip in its pooled features.
+
+    As `probe_accuracy`; "time" is its share of right digits in the means of frames, "space" in those of patches.
+    """
+    generator = np.random.default_rng(seed)
+    sides = {}
+    for split in ("train", "test"):
+        drawn = [draw_clip(generator) for _ in range(clips)]
+        frames = [draw_frames(split, clip, generator)[:-1] for clip in drawn]
+        features = [clip_features(model, frames[start : start + 100]) for start in range(0, clips, 100)]
+        cells = cell_of_patch().tolist()
+        shown = [[*np.repeat(clip.sequence, 2), *(clip.labels[cell] for cell in cells)] for clip in drawn]
+        sides[split] = (torch.cat(features).double(), torch.from_numpy(np.array(shown)))
+    (train, train_digits), (test, test_digits) = sides["train"], sides["test"]
+    targets = F.one_hot(train_digits.flatten(), 10).double()
+    guess = _ridge(train.flatten(0, 1), targets, test.flatten(0, 1)).argmax(-1).view_as(test_digits)
+    right = (guess == test_digits).double()
+    return {"time": right[:, :8].mean().item(), "space": right[:, 8:].mean().item()}
 
 
 def _ridge(features: Tensor, targets: Tensor, unseen: Tensor, penalty: float = 1e-3) -> Tensor:

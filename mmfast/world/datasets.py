@@ -1,4 +1,7 @@
-"""The world's data sets: conversations about handwritten digits, made one at a time and decided by their index."""
+"""The world's data sets: conversations about pictures, clips and descriptions of handwritten digits.
+
+Samples are made one at a time and decided by their index.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmfast.data.samples import Part, Sample
+from mmfast.world.clips import Clip, ask_clip, describe_clip, draw_clip, draw_frames, draw_text_clip
 from mmfast.world.digits import draw_canvas, widen
 from mmfast.world.questions import (
     CHANCE,
@@ -35,6 +39,10 @@ SIZES = {
     "text-test": 400,
     "wide-train": 20_000,
     "wide-test": 1_000,
+    "clips-train": 20_000,
+    "clips-test": 1_000,
+    "cliptext-train": 10_000,
+    "cliptext-test": 400,
 }
 SHARE_WITHOUT_DIGITS = 0.15
 
@@ -70,24 +78,27 @@ class WorldSamples(Sequence[Sample]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"world: {self.name} has {len(self)} samples, so there is no sample {index}")
-        rng, labels, question = self.draw(position)
+        rng, shown, question = self.draw(position)
         return {
             "id": f"{self.name}-{position:05d}",
             "messages": [
-                {"role": "user", "content": self._prompt(rng, labels, question)},
+                {"role": "user", "content": self._prompt(position, rng, shown, question)},
                 {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
             ],
-            "labels": labels,
+            **({"labels": shown.labels, "order": shown.order} if isinstance(shown, Clip) else {"labels": shown}),
             "kind": question.kind,
             "answer": question.answer,
         }
 
-    def draw(self, index: int) -> tuple[np.random.Generator, Labels | None, Question]:
-        """What sample `index` is about, without its picture: digits (None if it needs none) and question.
+    def draw(self, index: int) -> tuple[np.random.Generator, Labels | Clip | None, Question]:
+        """What sample `index` is about, without its picture: digits or a clip (None if it needs none) and question.
 
         The generator comes back in the state in which the picture or the description is drawn from it.
         """
         rng = np.random.default_rng([self._stream, index])
+        if self.content in ("clips", "cliptext"):
+            clip = draw_clip(rng) if self.content == "clips" else draw_text_clip(rng, self.split)
+            return rng, clip, ask_clip(rng, clip)
         if self.content == "text":
             if self.split == "train" and rng.random() < SHARE_WITHOUT_DIGITS:
                 return rng, None, ask_without_digits(rng)
@@ -98,13 +109,28 @@ class WorldSamples(Sequence[Sample]):
             return rng, labels, Question("caption", request_caption(rng), caption(rng, labels))
         return rng, labels, ask(rng, labels)
 
-    def _prompt(self, rng: np.random.Generator, labels: Labels | None, question: Question) -> list[Part]:
-        """The content of the user's message: the question, after a picture or a description in writing."""
-        if labels is None:
+    def _prompt(
+        self, index: int, rng: np.random.Generator, shown: Labels | Clip | None, question: Question
+    ) -> list[Part]:
+        """The content of the user's message: the question, after a picture or a description in writing.
+
+        Clips stand after the question, in the train split in every second sample before it: see `mmfast.data.videos`.
+        """
+        if shown is None:
             return [{"type": "text", "text": question.text}]
+        if isinstance(shown, Clip):
+            clip_first = self.split == "train" and index % 2 == 1
+            if self.content == "cliptext":
+                parts = [describe_clip(rng, shown), question.text]
+                return [{"type": "text", "text": "\n".join(parts if clip_first else reversed(parts))}]
+            frames = [_picture(frame) for frame in draw_frames(self.split, shown, rng)]
+            video: Part = {"type": "video", "video": frames}
+            if clip_first:
+                return [video, {"type": "text", "text": question.text}]
+            return [{"type": "text", "text": question.text + "\n"}, video]
         if self.content == "text":
-            return [{"type": "text", "text": f"{describe(rng, labels)}\n{question.text}"}]
-        canvas = draw_canvas(self.split, labels, rng)
+            return [{"type": "text", "text": f"{describe(rng, shown)}\n{question.text}"}]
+        canvas = draw_canvas(self.split, shown, rng)
         if self.content == "wide":
             canvas = widen(canvas, rng)
         return [{"type": "image", "image": _picture(canvas)}, {"type": "text", "text": question.text}]
@@ -126,6 +152,9 @@ def samples(name: str) -> WorldSamples:
     64 wide and 32 high. Text samples are the same questions about a description in writing; the quadruples of digits
     of text-test do not occur in text-train.
 
+    Clips show eight such canvases, on which the digits come one after another; their samples also have `"order"`
+    (see `clips.Clip`), and their kinds are space, time and order. Cliptext is to clips what text is to questions.
+
     Raises:
         ValueError: another name.
     """
@@ -134,12 +163,13 @@ def samples(name: str) -> WorldSamples:
 
 @cache
 def chance_accuracy(name: str) -> float:
-    """Expected accuracy of guessing evenly among the answers that fit each question's kind ("yes" or "no", 0..9).
+    """Expected accuracy of guessing evenly among the answers that fit each question ("yes" or "no", 0..9, a place).
 
     Raises:
         ValueError: another name, or captions, which no guess meets.
     """
     data = samples(name)
     if data.content == "captions":
-        raise ValueError(f"world: {name} has captions; chance is known for questions and text; use one of those")
-    return sum(CHANCE[data.draw(index)[2].kind] for index in range(len(data))) / len(data)
+        raise ValueError(f"world: {name} has captions; chance is known for questions; use another data set")
+    questions = [data.draw(index)[2] for index in range(len(data))]
+    return sum(CHANCE[asked.kind] if asked.chance is None else asked.chance for asked in questions) / len(data)

@@ -57,11 +57,15 @@ _REQUESTS = (
 
 
 class Question(NamedTuple):
-    """A question about four digits with its one right answer."""
+    """A question about four digits with its one right answer.
+
+    `chance` is how often an even guess among the answers that fit the question is right; None: `CHANCE` of its kind.
+    """
 
     kind: str
     text: str
     answer: str
+    chance: float | None = None
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mmfast.data.templates import TEMPLATES
+from mmfast.world.clips import CLIP_KIND_WEIGHTS, ask_clip, describe_clip, draw_text_clip
 from mmfast.world.questions import (
     KIND_WEIGHTS,
     ask,
@@ -46,6 +47,10 @@ class Round(NamedTuple):
         turns: the fewest and the most questions of a document.
         prompts: weight of the loss of what is no answer. Answers are what the model is for; the rest of the text
             only has to become familiar.
+        clips: share of documents on clips.
+        clip_kind_weights: how often questions of each of `clips.CLIP_KINDS` are asked.
+        noise: embeddings of a document are moved by a normal deviate of up to so many times their own size, so that
+            answers do not hang on the exact vectors of words (as in NEFTune, arXiv 2310.05914).
     """
 
     steps: int
@@ -56,10 +61,14 @@ class Round(NamedTuple):
     checks: float
     turns: tuple[int, int]
     prompts: float
+    clips: float = 0.0
+    clip_kind_weights: tuple[float, float, float] = CLIP_KIND_WEIGHTS
+    noise: float = 0.0
 
 
 # Finding a digit comes first; comparing two and looking for one anywhere build on it. Looking for one is learned
-# late from single questions, so the second round also asks after all ten at once. Comparisons take longest.
+# late from single questions, so the second round also asks after all ten at once. Comparisons take longest. Clips
+# come last, with noise, which nothing learns to begin with.
 ROUNDS = (
     Round(
         steps=2000,
@@ -90,6 +99,19 @@ ROUNDS = (
         checks=0.05,
         turns=(1, 4),
         prompts=0.05,
+    ),
+    Round(
+        steps=1600,
+        learning_rate=1.5e-3,
+        kind_weights=(0.12, 0.06, 0.16, 0.66),
+        captions=(0.05, 0.05),
+        without_digits=0.05,
+        checks=0.05,
+        turns=(1, 4),
+        prompts=0.05,
+        clips=0.5,
+        clip_kind_weights=(0.25, 0.25, 0.5),
+        noise=0.5,
     ),
 )
 
@@ -123,9 +145,11 @@ def build_llm(vocab_size: int) -> LlamaForCausalLM:
 
 
 def write_document(rng: np.random.Generator, split: str, plan: Round, system: str = "") -> list[Piece]:
-    """A conversation about a written description, or a description and its caption."""
+    """A conversation about a written description of a picture or a clip, or a description and its caption."""
     labels = draw_text_labels(rng, split)
     form = rng.random()
+    if form >= 1 - plan.clips:
+        return write_clip_document(rng, split, plan, system)
     if form < plan.captions[0]:
         return [Piece(grid(labels), False), Piece(caption(rng, labels) + "\n", True)]
     without_digits = form < plan.captions[0] + plan.without_digits
@@ -133,17 +157,34 @@ def write_document(rng: np.random.Generator, split: str, plan: Round, system: st
     pieces = []
     for turn in range(int(rng.integers(plan.turns[0], plan.turns[1] + 1))):
         if without_digits:
-            question, answer = ask_without_digits(rng)[1:]
+            question, answer = ask_without_digits(rng)[1:3]
         elif checked and turn == 0:
-            question, answer = check_all_digits(labels)[1:]
+            question, answer = check_all_digits(labels)[1:3]
         elif rng.random() < plan.captions[1]:
             question, answer = request_caption(rng), caption(rng, labels)
         else:
-            question, answer = ask(rng, labels, weights=plan.kind_weights)[1:]
+            question, answer = ask(rng, labels, weights=plan.kind_weights)[1:3]
         if rng.random() < 0.2:
             question = question[0].upper() + question[1:]
         if turn == 0 and not without_digits:
             question = _join(rng, describe(rng, labels), question)
+        start = system if turn == 0 else ""
+        pieces += [Piece(f"{start}USER: {question} ASSISTANT:", False), Piece(f" {answer}</s>", True)]
+    return pieces
+
+
+def write_clip_document(rng: np.random.Generator, split: str, plan: Round, system: str = "") -> list[Piece]:
+    """A conversation about a written description of a clip."""
+    clip = draw_text_clip(rng, split)
+    pieces = []
+    for turn in range(int(rng.integers(plan.turns[0], plan.turns[1] + 1))):
+        question, answer = ask_clip(rng, clip, weights=plan.clip_kind_weights)[1:3]
+        if rng.random() < 0.2:
+            question = question[0].upper() + question[1:]
+        if turn == 0:
+            # On either side of the question, as Video-ChatGPT's training data has it.
+            parts = [question, describe_clip(rng, clip)]
+            question = "\n".join(parts if rng.integers(2) else reversed(parts))
         start = system if turn == 0 else ""
         pieces += [Piece(f"{start}USER: {question} ASSISTANT:", False), Piece(f" {answer}</s>", True)]
     return pieces
@@ -220,7 +261,7 @@ def train_round(model: LlamaForCausalLM, plan: Round, batches: TextBatches, step
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_then_cosine(step, steps))
     with tqdm(zip(range(steps), batches, strict=False), title, steps, mininterval=10) as progress:
         for _, (ids, answer, real) in progress:
-            loss, accuracy = _loss(model, ids, answer, real, plan.prompts)
+            loss, accuracy = _loss(model, ids, answer, real, plan)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -236,11 +277,16 @@ def warmup_then_cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
-def _loss(model: LlamaForCausalLM, ids: Tensor, answer: Tensor, real: Tensor, prompts: float) -> tuple[Tensor, Tensor]:
+def _loss(model: LlamaForCausalLM, ids: Tensor, answer: Tensor, real: Tensor, plan: Round) -> tuple[Tensor, Tensor]:
     """Weighted cross entropy of the next token, and the share of answer tokens that are right."""
-    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
+    embeds = model.get_input_embeddings()(ids)
+    if plan.noise:
+        size = embeds.detach().norm(dim=-1, keepdim=True) * embeds.shape[-1] ** -0.5
+        strength = plan.noise * torch.rand(len(ids), 1, 1)
+        embeds = embeds + strength * size * torch.randn_like(embeds)
+    logits = model(inputs_embeds=embeds, attention_mask=real.long(), use_cache=False).logits[:, :-1]
     targets, answer, real = ids[:, 1:], answer[:, 1:], real[:, 1:]
-    weights = torch.where(answer, 1.0, prompts) * real
+    weights = torch.where(answer, 1.0, plan.prompts) * real
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
     right = logits.argmax(-1) == targets
     return (losses * weights).sum() / weights.sum(), right[answer].float().mean()

@@ -52,7 +52,18 @@ def test_validate_accepts_every_form() -> None:
         (sample(messages=[{"role": "gpt", "content": "x"}]), r"'one': messages\[0\].role is 'gpt'"),
         (sample(messages=[{"role": "user"}]), r"'one': messages\[0\].content is None"),
         (sample(messages=[{"role": "user", "content": ["x"]}]), r"messages\[0\].content\[0\] is 'x'; accepted types"),
-        (sample(messages=[{"role": "user", "content": [{"type": "video"}]}]), "accepted types are 'text' and 'image'"),
+        (
+            sample(messages=[{"role": "user", "content": [{"type": "audio"}]}]),
+            "accepted types are 'text', 'image' and 'video'",
+        ),
+        (
+            sample(messages=[{"role": "user", "content": [{"type": "video", "video": []}]}]),
+            r"content\[0\].video is \[\]; expected a path or a sequence of PIL images",
+        ),
+        (
+            sample(messages=[QUESTION, {"role": "assistant", "content": [{"type": "video", "video": "a.mp4"}]}]),
+            "a video in a turn of 'assistant'",
+        ),
         (sample(messages=[{"role": "user", "content": [{"type": "text"}]}]), r"content\[0\].text is None"),
         (sample(messages=[{"role": "user", "content": [{"type": "image", "image": 3}]}]), r"content\[0\].image is 3"),
         (sample(messages=[{"role": "user", "content": [{"type": "image", "image": ""}]}]), "image is ''"),
@@ -187,3 +198,41 @@ def test_load_names_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(b'[{"id": "\xff"}]')
     with pytest.raises(ValueError, match=r"data.json: not UTF-8"):
         load_samples(tmp_path / "data.json")
+
+
+def test_load_llava_with_videos(tmp_path: Path) -> None:
+    for value, expected in [
+        ("What?\n<video>", [("text", "What?\n"), ("video", "a.mp4")]),
+        ("<video>\nWhat?", [("video", "a.mp4"), ("text", "\nWhat?")]),
+        ("What?", [("video", "a.mp4"), ("text", "What?")]),
+    ]:
+        assert first_turn(write(tmp_path, [llava(value, video="a.mp4")])) == expected
+    both = llava("<video> and <image>", "b.png", video="a.mp4")
+    assert first_turn(write(tmp_path, [both])) == [("video", "a.mp4"), ("text", " and "), ("image", "b.png")]
+    # Text where there is no video: an element of HTML.
+    assert first_turn(write(tmp_path, [llava("a <video> tag")])) == [("text", "a <video> tag")]
+    with pytest.raises(ValueError, match=r"'one': 2 '<video>' in the human turns but 1 videos"):
+        load_samples(write(tmp_path, [llava("<video><video>", video="a.mp4")]))
+    with pytest.raises(ValueError, match=r"'one': video path '../a.mp4' leaves the media folder"):
+        load_samples(write(tmp_path, [llava("x", video="../a.mp4")]))
+
+
+def test_load_video_instruct_as_video_chatgpt_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "v_1.mp4").touch()
+    (tmp_path / "v_2.mp4").touch()
+    (tmp_path / "v_2.pkl").touch()
+    records = [
+        {"q": f"Q{index}", "a": "A.", "video_id": name} for index, name in enumerate(["v_1", "v_2", "v_1", "v_3"])
+    ]
+    loaded = load_samples(write(tmp_path, records))
+    assert [sample["id"] for sample in loaded] == ["v_1", "v_2", "v_1#2", "v_3"]
+    turns = [[(part["type"], part[part["type"]]) for part in sample["messages"][0]["content"]] for sample in loaded]
+    assert turns == [
+        [("text", "Q0\n"), ("video", "v_1.mp4")],
+        [("video", "v_2.pkl"), ("text", "\nQ1")],
+        [("text", "Q2\n"), ("video", "v_1.mp4")],
+        [("video", "v_3.pkl"), ("text", "\nQ3")],
+    ]
+    assert all(sample["messages"][1]["content"] == "A." for sample in loaded)
+    with pytest.raises(ValueError, match="expected texts as 'q', 'a' and 'video_id'"):
+        load_samples(write(tmp_path, [{"q": "Q", "a": 3, "video_id": "v_1"}]))

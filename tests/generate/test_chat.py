@@ -249,10 +249,11 @@ def test_chat_with_an_unknown_command_or_image_fails_in_a_pipe(
 
 def test_a_person_sees_errors_and_goes_on(model: Llava, tmp_path: Path, capsys: Any) -> None:
     session = ChatSession(model, max_new_tokens=4)
-    terminal = _Terminal(session, [], interactive=True)
-    terminal.run([f"/image {tmp_path}/nothing.png", "/what", "hello", "/quit"])
+    terminal = _Terminal(session, [], [], interactive=True)
+    terminal.run([f"/image {tmp_path}/nothing.png", f"/video {tmp_path}/nothing.mp4", "/what", "hello", "/quit"])
     out, err = capsys.readouterr()
     assert "nothing.png" in err
+    assert "nothing.mp4" in err
     assert out.splitlines() == [HELP, session.messages[1]["content"]]
 
 
@@ -261,15 +262,15 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_images(
 ) -> None:
     session = ChatSession(model, max_new_tokens=4)
 
-    def interrupted(text: str, images: Any) -> Iterator[str]:
+    def interrupted(text: str, images: Any, videos: Any) -> Iterator[str]:
         yield "a"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "stream", interrupted)
-    terminal = _Terminal(session, [RED], interactive=True)
+    terminal = _Terminal(session, [RED], ["clip.mp4"], interactive=True)
     terminal.run(["it?"])
     assert "stopped" in capsys.readouterr().out
-    assert terminal.images == [RED]
+    assert (terminal.images, terminal.videos) == ([RED], ["clip.mp4"])
 
 
 @pytest.mark.parametrize("ending", [EOFError, KeyboardInterrupt])

@@ -22,6 +22,8 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
     "llava-1.5": [("instruct", 128, 1, {"connector": 2e-5, "language_model": 2e-5}, None, None)],
     "llava-1.5-hd": [("instruct", 128, 1, {"connector": 2e-5, "language_model": 2e-5}, None, None)],
     "llava-1.5-lora": [("instruct_lora", 128, 1, {"connector": 2e-5, "lora": 2e-4}, 128, 256)],
+    # docs/train_video_chatgpt.md of Video-ChatGPT.
+    "video-chatgpt-7b": [("instruct", 32, 3, {"connector": 2e-5, "markers": 2e-5}, None, None)],
 }
 
 
@@ -44,18 +46,9 @@ def test_minigpt4_recipes_have_the_published_numbers(name: str) -> None:
 
 
 def test_recipes_are_the_named_ones() -> None:
-    assert recipe_names() == sorted(
-        [
-            *PUBLISHED,
-            *MINIGPT4,
-            "llava-world",
-            "llava-hd-world",
-            "minigpt4-world",
-            "lavin-13b",
-            "lavin-7b",
-            "lavin-world",
-        ]
-    )
+    worlds = [name for name in recipe_names() if name.endswith("-world")]
+    assert worlds == ["lavin-world", "llava-hd-world", "llava-world", "minigpt4-world", "video-chatgpt-world"]
+    assert recipe_names() == sorted([*PUBLISHED, *MINIGPT4, *worlds, "lavin-13b", "lavin-7b"])
 
 
 def test_llava_1_5_hd_has_the_canvases_of_six_tiles() -> None:
@@ -72,7 +65,8 @@ def test_published_recipes_have_the_published_numbers(name: str) -> None:
     assert stages == PUBLISHED[name]
     for stage in recipe.stages:
         assert (stage.warmup_ratio, stage.weight_decay, stage.max_grad_norm) == (0.03, 0.0, 1.0)
-    assert recipe.connector == ("linear" if name == "llava-v1" else "mlp2x_gelu")
+    connectors = {"llava-v1": "linear", "video-chatgpt-7b": None}
+    assert recipe.connector == connectors.get(name, "mlp2x_gelu")
     assert recipe.dtype == "bfloat16"
 
 

@@ -32,6 +32,7 @@ COUNTS: dict[str, dict[str, dict[str, int]]] = {
     "lavin-13b": {  # 5,390,080
         "instruct": {"vision_adapters": 491_760, "connector": 791_680, "modality": 10_240, "adapters": 4_096_400}
     },
+    "video-chatgpt-7b": {"instruct": {"connector": 4_198_400, "markers": 8_192}},
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mmfast.data import validate_sample
 from mmfast.world import chance_accuracy, datasets, samples
+from mmfast.world.clips import NUM_FRAMES
 from mmfast.world.datasets import SIZES
 from mmfast.world.questions import KINDS, POSITIONS, Labels, ask, check_all_digits, describe, grid, is_held_out
 
@@ -109,10 +110,13 @@ def test_samples_have_the_form_of_samples(name: str) -> None:
     assert len(data) == SIZES[name]
     for sample in data[:20]:
         validate_sample(sample)
-        images = [part["image"] for part in sample["messages"][0]["content"] if part["type"] == "image"]
-        assert len(images) == (0 if name.startswith("text") else 1)
+        media = [part for part in sample["messages"][0]["content"] if part["type"] != "text"]
+        kind = "video" if name.startswith("clip") else "image"
+        assert [part["type"] for part in media] == ([] if "text" in name else [kind])
+        frames = [frame for part in media for frame in ([part["image"]] if kind == "image" else part["video"])]
+        assert len(frames) == (0 if "text" in name else 1 if kind == "image" else NUM_FRAMES)
         size = (64, 32) if name.startswith("wide") else (32, 32)
-        assert all((image.mode, image.size) == ("RGB", size) for image in images)
+        assert all((frame.mode, frame.size) == ("RGB", size) for frame in frames)
     assert len({sample["id"] for sample in data[:100]}) == 100
 
 
@@ -120,7 +124,9 @@ def test_samples_have_the_form_of_samples(name: str) -> None:
 def test_samples_are_decided_by_name_and_index(name: str) -> None:
     def content(sample: dict) -> list:
         parts = sample["messages"][0]["content"] + sample["messages"][1]["content"]
-        return [part["text"] if part["type"] == "text" else part["image"].tobytes() for part in parts]
+        shown = [part[part["type"]] for part in parts]
+        frames = [[image] if hasattr(image, "tobytes") else image for image in shown]
+        return [[frame if isinstance(frame, str) else frame.tobytes() for frame in part] for part in frames]
 
     data = samples(name)
     alone = content(data[17])

@@ -14,9 +14,11 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from mmfast import world
+from mmfast.encoders import ClipEncoder
+from mmfast.ops import spatio_temporal_pool
 from mmfast.world import __main__ as script
 from mmfast.world import samples, weights
-from mmfast.world.checks import answer_texts, probe_accuracy, text_accuracy
+from mmfast.world.checks import answer_texts, clip_features, clip_probe_accuracy, probe_accuracy, text_accuracy
 from mmfast.world.train_encoder import assemble, cell_of_patch, distort, normalize
 
 
@@ -63,6 +65,12 @@ def test_llm_answers_held_out_text(llm: LlamaForCausalLM) -> None:
     assert set(accuracy) == {"all", "position", "parity", "presence", "comparison"}
 
 
+def test_llm_answers_held_out_text_on_clips(llm: LlamaForCausalLM) -> None:
+    accuracy = text_accuracy(llm, AutoTokenizer.from_pretrained(weights("llm")), samples("cliptext-test"))
+    assert min(accuracy.values()) >= 0.9, accuracy
+    assert set(accuracy) == {"all", "space", "time", "order"}
+
+
 def test_llm_reads_patch_grids_and_captions_them(llm: LlamaForCausalLM) -> None:
     tokenizer = AutoTokenizer.from_pretrained(weights("llm"))
     texts = [
@@ -90,6 +98,21 @@ def test_encoder_shows_held_out_digits_to_a_linear_reader(encoder: CLIPVisionMod
     accuracy = probe_accuracy(encoder, repeats=2)
     assert accuracy["digit"] >= 0.97, accuracy
     assert accuracy["patch"] >= 0.9, accuracy
+
+
+def test_encoder_shows_held_out_digits_of_clips_after_pooling(encoder: CLIPVisionModel) -> None:
+    accuracy = clip_probe_accuracy(encoder, clips=200)
+    assert accuracy["time"] >= 0.95, accuracy
+    assert accuracy["space"] >= 0.95, accuracy
+
+
+def test_clip_features_are_those_that_video_chatgpt_pools(encoder: CLIPVisionModel) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 32, 32), dtype=np.uint8)
+    pixels = normalize(torch.from_numpy(frames).flatten(0, 1) / 255)
+    with torch.no_grad():
+        patches = ClipEncoder.from_pretrained("world")(pixels).view(2, 8, 16, 128)
+        expected = spatio_temporal_pool(patches, 8)
+    assert torch.allclose(clip_features(encoder, list(frames)), expected, atol=1e-5)
 
 
 def test_encoder_has_the_layout_llava_reads(encoder: CLIPVisionModel) -> None:
@@ -129,11 +152,13 @@ def test_main_makes_all_parts_and_the_same_again(
         script, "text_accuracy", lambda model, tokenizer, asked: text_accuracy(model, tokenizer, asked[:4])
     )
     monkeypatch.setattr(script, "probe_accuracy", lambda model: probe_accuracy(model, repeats=1))
+    monkeypatch.setattr(script, "clip_probe_accuracy", lambda model: clip_probe_accuracy(model, clips=4))
     for folder in ("a", "b"):
         script.main(["--out", str(tmp_path / folder), "--max-steps", "1"])
     printed = capsys.readouterr().out
     assert "linear probe on test digits: digit" in printed
-    assert "held-out text questions: all" in printed
+    assert "exact answers to text-test: all" in printed
+    assert "exact answers to cliptext-test: all" in printed
     made = {file.relative_to(tmp_path / "a"): file for file in (tmp_path / "a").rglob("*") if file.is_file()}
     shipped = {
         file.relative_to(weights(name).parent) for name in ("encoder", "llm") for file in weights(name).iterdir()
