@@ -39,6 +39,8 @@ ENTRIES: dict[str, Entry] = {
     "minigpt4": Entry("minigpt4-world"),
     "lavin": Entry("lavin-world"),
     "video-chatgpt": Entry("video-chatgpt-world", CLIPS),
+    "llama-adapter-v1": Entry("llama-adapter-v1-world"),
+    "llama-adapter-v2": Entry("llama-adapter-v2-world"),
     "fine-tune": Entry("llava-world", stages=("align", "instruct")),
 }
 """Each row by its name. `fine-tune` trains the whole language model: what the cheap methods are measured against."""

@@ -66,7 +66,9 @@ def collect(model: nn.Module) -> Contents:
         if has_prompts(attention):
             prompts: ZeroInitAttention = attention._modules[PROMPTS]  # type: ignore[assignment]
             own |= {join(name, f"{PROMPTS}.{parameter}") for parameter in prompts._parameters}
-            contents.prompts[name] = Prompts(prompts.prompt_length, prompts.gate_per_head, prompts.gate_activation)
+            contents.prompts[name] = Prompts(
+                prompts.prompt_length, prompts.gate_per_head, prompts.gate_activation, prompts.prompt is not None
+            )
     for module_name, module in named_modules(model).items():
         parameters = {join(module_name, name): p for name, p in module._parameters.items() if p is not None}
         contents.tensors |= {name: p for name, p in parameters.items() if name in own or p.requires_grad}

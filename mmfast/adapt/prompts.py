@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -28,6 +31,7 @@ class Prompts:
     prompt_length: int
     gate_per_head: bool = True
     gate_activation: Literal["tanh", "identity"] = "tanh"
+    learned: bool = True
 
 
 def add_prompts(
@@ -37,6 +41,7 @@ def add_prompts(
     *,
     gate_per_head: bool = True,
     gate_activation: Literal["tanh", "identity"] = "tanh",
+    learned: bool = True,
     dtype: torch.dtype | None = torch.float32,
 ) -> list[str]:
     """Gives attention layers of a language model trained prompts behind gates that start closed (LLaMA-Adapter).
@@ -49,6 +54,9 @@ def add_prompts(
     A word's prompts depend on its position, for prompts are not rotated: batches that are padded on the left need
     `position_ids` that start behind the padding, as `generate` makes them.
 
+    A sample can bring prompts of its own, an image's features say: the model's forward takes them as the keyword
+    arguments that `attend` describes, and `given_prompts` gives them to `generate`.
+
     Gradient checkpointing in its reentrant form needs `model.enable_input_require_grads()`, as with any adapter.
 
     Args:
@@ -56,7 +64,7 @@ def add_prompts(
             Llama, Mistral and Qwen2 with or without PEFT around them; changed in place.
         prompt_length: P, prompts of each layer.
         layers: How many decoder layers, the last ones, or the indices of the layers.
-        gate_per_head: As in `ZeroInitAttention`, with `gate_activation` and `dtype`.
+        gate_per_head: As in `ZeroInitAttention`, with `gate_activation`, `learned` and `dtype`.
 
     Returns:
         The full names of the attention modules that got prompts, in the model's order.
@@ -74,7 +82,7 @@ def add_prompts(
         raise ValueError(
             f"add_prompts: layers {taken} have prompts already; layers without are accepted; remove(model) comes first"
         )
-    options = Prompts(prompt_length, gate_per_head, gate_activation)
+    options = Prompts(prompt_length, gate_per_head, gate_activation, learned)
     prompts = {attentions[index]: build(decoder, attentions[index], options, dtype) for index in chosen}
     attach(decoder, prompts)
     adapters = [p for layer in named_layers(model, AdaptedLinear).values() for p in adapter_parameters(layer).values()]
@@ -105,14 +113,60 @@ def remove_prompts(module: nn.Module) -> list[str]:
     return names
 
 
+@contextmanager
+def given_prompts(decoder: nn.Module, **prompts: Tensor) -> Iterator[None]:
+    """Calls of the decoder in this thread get the keyword arguments of `attend`, which `generate` would refuse.
+
+    Args:
+        decoder: The model of transformers that holds the layers.
+        **prompts: Each [B, …] for the rows that `generate` is given; where it makes several rows of one, as beams,
+            these are repeated.
+    """
+    thread = threading.get_ident()
+
+    @cache  # the layers keep the keys and values of prompts that stay the same tensors
+    def repeated(times: int) -> dict[str, Tensor]:
+        return {name: tensor.repeat_interleave(times, 0) for name, tensor in prompts.items()}
+
+    def give(_: Any, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if threading.get_ident() != thread or not prompts:
+            return None
+        inputs = options.get("inputs_embeds")
+        rows = len(options["input_ids"] if inputs is None else inputs)
+        return args, options | repeated(rows // len(next(iter(prompts.values()))))
+
+    hook = decoder.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prompt_bias: Tensor | None = None,
+    sample_prompts: Tensor | None = None,
+    prompted: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA as transformers calls it, plus the gated attention to the prompts where the layer has some."""
+    """SDPA as transformers calls it, plus the gated attention to the prompts where the layer has some.
+
+    The model's forward hands down what it does not know:
+
+    Args:
+        prompt_bias: [B, P or 1, C]: added to the prompts that layers have learned.
+        sample_prompts: [B, P, C]: the prompts of layers that have learned none; without, these layers have words alone.
+        prompted: [B] bool: the samples that have `sample_prompts`; None: all.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     words, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if not has_prompts(module):
+    learned = has_prompts(module) and module.prompts.prompt is not None  # type: ignore[union-attr]
+    if not has_prompts(module) or (not learned and sample_prompts is None):
         return words, None
     # After attention transformers has [B, L, H, D], the op [B, H, L, D]: in that same memory.
     both = module.prompts(  # type: ignore[operator]
@@ -122,7 +176,9 @@ def attend(
         module.k_proj,
         module.v_proj,
         scale=options.get("scaling"),
+        prompt_bias=prompt_bias if learned else sample_prompts,
         words=words.transpose(1, 2),
+        prompted=None if learned else prompted,
     )
     return both.transpose(1, 2).contiguous(), None
 
@@ -168,6 +224,7 @@ def build(decoder: Any, attention: Any, options: Prompts, dtype: torch.dtype | N
         config.hidden_size,
         gate_per_head=options.gate_per_head,
         gate_activation=options.gate_activation,
+        learned=options.learned,
         device=attention.k_proj.weight.device,
         dtype=dtype,
     )

@@ -2,5 +2,14 @@
 
 from mmfast.connectors.projector import build_connector
 from mmfast.connectors.q_former import VisualQFormer, merge_patches, read_q_former, write_q_former
+from mmfast.connectors.visual_prompts import GlobalPrompt, VisualQueries
 
-__all__ = ["VisualQFormer", "build_connector", "merge_patches", "read_q_former", "write_q_former"]
+__all__ = [
+    "GlobalPrompt",
+    "VisualQFormer",
+    "VisualQueries",
+    "build_connector",
+    "merge_patches",
+    "read_q_former",
+    "write_q_former",
+]

@@ -3,7 +3,7 @@
 from mmfast.data.answer_formats import ANSWER_FORMATS, multiple_choice, with_answer_format
 from mmfast.data.anyres import LLAVA_NEXT_PINPOINTS, Anyres, pinpoints_up_to
 from mmfast.data.anyres_processor import AnyresProcessor, TiledImage
-from mmfast.data.dataset import EncodedDataset, SupervisionReport, check_supervision
+from mmfast.data.dataset import EncodedDataset, JoinedDataset, SupervisionReport, check_supervision
 from mmfast.data.images import image_size, load_image, pad_to_square
 from mmfast.data.order import BatchPlan, epoch_order
 from mmfast.data.processor import Encoded, Processor
@@ -23,6 +23,7 @@ __all__ = [
     "ControlPiece",
     "Encoded",
     "EncodedDataset",
+    "JoinedDataset",
     "MediaPiece",
     "Piece",
     "Processor",

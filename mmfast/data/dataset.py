@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample
@@ -44,6 +44,19 @@ class EncodedDataset(Dataset[Encoded]):
         if encoded.supervised_tokens == 0:
             raise ValueError(f"sample '{encoded.id}' {_reason(self.processor)}")
         return encoded
+
+
+class JoinedDataset(ConcatDataset[Encoded]):
+    """Data sets of one processor, one after the other; training shuffles over all.
+
+    Args:
+        datasets: at least one.
+    """
+
+    def __init__(self, datasets: Sequence[EncodedDataset]) -> None:
+        super().__init__(datasets)
+        self.parts = list(datasets)
+        self.processor = datasets[0].processor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@
         {"role": "assistant", "content": "A cat."}]}
 
 A sample has 0..N media, images or videos, anywhere in its user turns. A content that is a plain string means one text
-part.
+part. A text part of a user turn may be its input, `{"type": "text", "text": ..., "is_input": True}`: what the
+instruction is about, as in Alpaca's data. A template that has a place for it writes it there, others on a line of its
+own after the question.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class TextPart(TypedDict):
 
     type: Literal["text"]
     text: str
+    is_input: NotRequired[bool]
 
 
 class ImagePart(TypedDict):
@@ -151,6 +154,11 @@ def _validate_part(part: Any, role: str, where: str) -> None:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where}.text is {_shown(part.get('text'))}; expected a string")
+        is_input = part.get("is_input", False)
+        if not isinstance(is_input, bool) or (is_input and role != "user"):
+            raise ValueError(
+                f"{where}.is_input is {_shown(is_input)} in a turn of '{role}'; True in a user turn, or none, is valid"
+            )
     elif kind == "image":
         if role != "user":
             raise ValueError(f"{where}: an image in a turn of '{role}'; move it to a user turn")
@@ -209,7 +217,9 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
     - the same of VideoInstruct records: `{"q", "a", "video_id"}`. As Video-ChatGPT converts them, the video follows
       the question in records of even index and precedes it in the others. The video is the file of the media folder
       whose name without ending is `video_id`: `<video_id>.pkl` (features, see `mmfast.data.features`) if there is
-      none or several of them.
+      none or several of them;
+    - the same of Alpaca records: `{"instruction", "input": text or "", "output"}`, and `"image": path` for one about an
+      image.
 
     A missing id becomes `<file stem>-<index>`, for VideoInstruct `video_id`. LLaVA files use the image's name as the
     id of several records, so there a repeated id gets a suffix (`#2`, `#3`, …).
@@ -243,6 +253,8 @@ def load_samples(path: str | os.PathLike[str], media_folder: str | os.PathLike[s
             sample = _from_llava(record, name, where)
         elif is_caption:
             sample = from_caption(record, name, index, where)
+        elif "instruction" in record and "messages" not in record:
+            sample = _from_alpaca(record, name, where)
         else:
             sample = cast(Sample, {**record, "id": name})
         validate_sample(sample, where)
@@ -375,6 +387,22 @@ def _from_llava(record: dict[str, Any], name: str, where: str) -> Sample:
     for role, value in zip(roles, values, strict=True):
         content = _split_markers(value, media) if role == "user" else value
         messages.append({"role": role, "content": content})
+    return cast(Sample, {**rest, "id": name, "messages": messages})
+
+
+def _from_alpaca(record: dict[str, Any], name: str, where: str) -> Sample:
+    """An Alpaca record as a sample; other keys are kept."""
+    where = f"{where} '{name}'"
+    values = {key: record.get(key) or "" for key in ("instruction", "input", "output", "image")}
+    for key, value in values.items():
+        if not isinstance(value, str) or (not value and key in ("instruction", "output")):
+            raise ValueError(f"{where}: {key} is {_shown(record.get(key))}; expected a text")
+    content: list[Part] = [{"type": "image", "image": values["image"]}] if values["image"] else []
+    content.append({"type": "text", "text": values["instruction"]})
+    if values["input"]:
+        content.append({"type": "text", "text": values["input"], "is_input": True})
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": values["output"]}]
+    rest = {key: value for key, value in record.items() if key not in values}
     return cast(Sample, {**rest, "id": name, "messages": messages})
 
 

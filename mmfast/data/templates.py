@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
-from mmfast.data.samples import MediaPart, Message, TextPart, content_parts
+from mmfast.data.samples import MediaPart, Message, Part, TextPart, content_parts
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Template:
         system: system text; a system turn in the conversation takes its place.
         system_format: how a non-empty system text is written; it has the field `{system}`.
         system_in_user: the system text stands after the first `user_prefix`, not before it.
+        system_with_input: instead of `system` where the first question has an input (see `mmfast.data.samples`).
+        input_prefix: text before a question's input, which stands at the end of the question.
         media_prefix: text before every medium, such as "<Img>".
         media_suffix: text after every medium.
         media_separator: what stands between a medium (with its suffix) and text that follows it.
@@ -84,6 +86,8 @@ class Template:
     system: str = ""
     system_format: str = "{system} "
     system_in_user: bool = False
+    system_with_input: str = ""
+    input_prefix: str = "\n"
     user_prefix: str = "USER: "
     user_suffix: str = " ASSISTANT:"
     answer_prefix: str = " "
@@ -127,7 +131,8 @@ class Template:
                 f"add_generation_prompt={add_generation_prompt}; "
                 + ("remove the answer" if add_generation_prompt else "remove the question without an answer")
             )
-        system = self.system
+        question = messages[messages[0]["role"] == "system"]
+        system = (_has_input(question) and self.system_with_input) or self.system
         if messages[0]["role"] == "system":
             system, messages = _text(messages[0]), messages[1:]
         if not self.keep_question and len(messages) > 2:
@@ -167,7 +172,7 @@ class Template:
         return [before, MediaPiece(part), after]
 
     def _question(self, message: Message) -> list[AnyPiece]:
-        parts = content_parts(message)
+        parts = sorted(content_parts(message), key=_is_input)
         if self.media_first:
             parts = [part for part in parts if part["type"] == "text"]
         pieces: list[AnyPiece] = []
@@ -176,6 +181,8 @@ class Template:
             if part["type"] != "text":
                 pieces += self._medium(part)
                 after_media = True
+            elif self.keep_question and _is_input(part):
+                pieces.append(Piece(self.input_prefix + part["text"], supervised=False))
             elif self.keep_question:
                 text = part["text"]
                 if after_media:
@@ -187,6 +194,14 @@ class Template:
         return pieces
 
 
+def _is_input(part: Part) -> bool:
+    return part["type"] == "text" and part.get("is_input", False)
+
+
+def _has_input(message: Message) -> bool:
+    return any(_is_input(part) for part in content_parts(message))
+
+
 def _text(message: Message) -> str:
     return "".join(cast(TextPart, part)["text"] for part in content_parts(message))
 
@@ -195,6 +210,8 @@ _USER_AND_ASSISTANT = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
 )
+
+_ALPACA = "Below is an instruction that describes a {what}. Write a response that appropriately completes the request."
 
 _LLAMA_2_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
@@ -301,6 +318,16 @@ TEMPLATES: dict[str, Template] = {
         _llama_2("llava_llama_2", _LLAVA_LLAMA_2_SYSTEM),
         Template("video-chatgpt_v1", system=_VIDEO_CHATGPT_SYSTEM),
         Template("short"),
+        Template(
+            "alpaca",
+            system=_ALPACA.format(what="task"),
+            system_with_input=_ALPACA.format(what="task, paired with an input that provides further context"),
+            system_format="{system}\n\n",
+            user_prefix="### Instruction:\n",
+            input_prefix="\n\n### Input:\n",
+            user_suffix="\n\n### Response:",
+            answer_prefix="",
+        ),
         _minigpt4("minigpt4", opening="###"),
         _minigpt4("minigpt4_chat", system=_MINIGPT4_SYSTEM, system_format="{system}###"),
         _minigpt4_llama_2("minigpt4_llama_2", user_suffix=" [/INST] "),
@@ -311,7 +338,7 @@ TEMPLATES: dict[str, Template] = {
 }
 """The templates by name. `plain` is that of the alignment stage: images, caption, newline. `llava_v1` says "human"
 where `vicuna_v1` says "user"; LLaVA trains and evaluates with the latter. Video-ChatGPT trains with `vicuna_v1` and
-asks with `video-chatgpt_v1`. `short` is `vicuna_v1` without a system text, for small models. `minigpt4` is what
+asks with `video-chatgpt_v1`. `short` is `vicuna_v1` without a system X is what
 MiniGPT-4's second stage trains with on Vicuna, `minigpt4_chat` the same with the system text of its demo;
 `minigpt4_llama_2` and `minigpt_v2` are the forms on LLaMA-2. `lavin` is LaVIN's for instructions, `lavin_scienceqa`
 that for questions which say what their parts are, as `mmfast.data.scienceqa` writes them; the space after "N/A" is the

@@ -1,7 +1,8 @@
 """Frozen encoders behind one interface: pixels [n, 3, H, W] in, features [n, P, D] out."""
 
 from mmfast.encoders.clip import ClipEncoder
+from mmfast.encoders.clip_states import ClipScales, ClipTokens, ProjectedClipTokens
 from mmfast.encoders.eva import EvaEncoder
 from mmfast.encoders.frozen import FrozenEncoder
 
-__all__ = ["ClipEncoder", "EvaEncoder", "FrozenEncoder"]
+__all__ = ["ClipEncoder", "ClipScales", "ClipTokens", "EvaEncoder", "FrozenEncoder", "ProjectedClipTokens"]

@@ -1,4 +1,4 @@
-"""Opening a data set by its name: a file, a split of ScienceQA, or parts of the embedded world."""
+"""Opening a data set by its name: a file, a split of ScienceQA, or of the embedded world."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_samples(data: str, media_folder: str | None = None) -> tuple[Sequence[S
     """Opens a data set by name.
 
     Args:
-        data: `world:<split>` for the embedded world, or several of its splits joined by "+";
+        data: `world:<split>` for the embedded world;
             `scienceqa:<path of problems.json>:<split>`; else a JSON or JSONL file.
         media_folder: Folder to which image paths are relative. None: the folder of the file, for ScienceQA `images`
             in that folder.
@@ -34,8 +34,7 @@ def open_samples(data: str, media_folder: str | None = None) -> tuple[Sequence[S
     if split is not None:
         from mmfast.world import samples
 
-        parts = [samples(name) for name in split.split("+")]
-        return cast(Any, parts[0] if len(parts) == 1 else _Joined(parts)), None
+        return cast(Any, samples(split)), None
     if is_scienceqa(data):
         from mmfast.data.scienceqa import load_scienceqa
 
@@ -59,23 +58,3 @@ def is_scienceqa(data: str) -> bool:
 def world_split(data: str) -> str | None:
     """`<split>` of `world:<split>`, None for a file."""
     return data.removeprefix(_WORLD) if data.startswith(_WORLD) else None
-
-
-class _Joined(Sequence["Sample"]):
-    """Several data sets one after the other; nothing is made before it is asked for."""
-
-    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        for part in self._parts:
-            if position < len(part):
-                break
-            position -= len(part)
-        return part[position]

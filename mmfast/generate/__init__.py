@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["ChatSession", "answer_batch", "chat"]
+__all__ = ["ChatSession", "TesseractOcr", "answer_batch", "chat", "consult"]
 
-_HOMES = {"ChatSession": "session", "answer_batch": "batch", "chat": "terminal"}
+_HOMES = {
+    "ChatSession": "session",
+    "TesseractOcr": "experts",
+    "answer_batch": "batch",
+    "chat": "terminal",
+    "consult": "experts",
+}
 
 if TYPE_CHECKING:
     from mmfast.generate.batch import answer_batch
+    from mmfast.generate.experts import TesseractOcr, consult
     from mmfast.generate.session import ChatSession
     from mmfast.generate.terminal import chat
 

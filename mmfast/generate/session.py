@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,6 +29,7 @@ from mmfast.generate.decoding import (
     processor_of,
     to_device,
 )
+from mmfast.generate.experts import Expert, consult
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
@@ -48,6 +49,7 @@ class ChatSession:
         top_p: Share of the probability mass that sampling chooses from.
         max_new_tokens: Longest answer, in tokens; the end of the model's context also ends it.
         seed: Seed of the sampling; turn n of two sessions with one seed and one history is the same.
+        experts: Say something of each image, which the question then has as its input; see `experts.consult`.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -61,11 +63,13 @@ class ChatSession:
         top_p: float = 1.0,
         max_new_tokens: int = 512,
         seed: int = 0,
+        experts: Mapping[str, Expert] | None = None,
     ) -> None:
         check_max_new_tokens(max_new_tokens)
         self.model = model.eval()
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.experts = experts or {}
         self.messages: list[Message] = []
         self._options = decoding_options(temperature, top_p)
         self._rule = StopRule(model)
@@ -112,7 +116,8 @@ class ChatSession:
         parts.append({"type": "text", "text": f"{text}\n" if videos else text})
         # Where Video-ChatGPT has them in its own inference; it trained with them on either side.
         parts += [{"type": "video", "video": read_video(video)} for video in videos]
-        question: Message = {"role": "user", "content": parts}
+        asked: Message = {"role": "user", "content": parts}
+        question = consult({"id": "chat", "messages": [asked]}, self.experts)["messages"][0]
         captioner = not self._processor.template.keep_question
         if captioner and not images:
             raise ValueError(

@@ -25,6 +25,7 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    ocr: bool = False,
     llm: str | None = None,
     encoder: str | None = None,
     video: list[str] | str = (),  # type: ignore[assignment]
@@ -43,12 +44,14 @@ def chat(
         temperature: 0 answers greedily; above, tokens are sampled, and the higher the more evenly.
         top_p: Share of the probability mass that sampling chooses from.
         seed: Seed of the sampling.
+        ocr: Whether Tesseract reads each image and the question gets what it reads.
         llm: Folder of the language model, where it has moved since the training.
         encoder: Folder of the encoder, where it has moved since the training.
         video: Video shown with the first question. Several: --video+ a.mp4 --video+ b.mp4.
     """
     import torch
 
+    from mmfast.generate.experts import TesseractOcr
     from mmfast.generate.session import ChatSession, read_image, read_video
     from mmfast.models import open_model
 
@@ -56,10 +59,13 @@ def chat(
     images = [read_image(path) for path in ([image] if isinstance(image, str) else image)]
     videos = [read_video(path) for path in ([video] if isinstance(video, str) else video)]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    experts = {"OCR": TesseractOcr()} if ocr else {}
     model: Any = open_model(run, llm=llm, encoder=encoder)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    session = ChatSession(model, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    session = ChatSession(
+        model, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, experts=experts
+    )
     terminal = _Terminal(session, images, videos, interactive=not prompts and sys.stdin.isatty())
     try:
         terminal.run(prompts or _typed(terminal.interactive))

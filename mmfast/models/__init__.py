@@ -10,6 +10,8 @@ __all__ = [
     "SYSTEMS",
     "Lavin",
     "LavinConfig",
+    "LlamaAdapter",
+    "LlamaAdapterConfig",
     "Llava",
     "LlavaConfig",
     "LoraSpec",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 SYSTEMS = {
+    "llama_adapter": "mmfast.models.llama_adapter:LlamaAdapter",
     "llava": "mmfast.models.llava:Llava",
     "minigpt4": "mmfast.models.minigpt4:MiniGPT4",
     "lavin": "mmfast.models.lavin:Lavin",
@@ -35,6 +38,8 @@ SYSTEMS = {
 _HOMES = {
     "Lavin": "lavin",
     "LavinConfig": "lavin",
+    "LlamaAdapter": "llama_adapter",
+    "LlamaAdapterConfig": "llama_adapter",
     "Llava": "llava",
     "LlavaConfig": "llava",
     "LoraSpec": "stages",
@@ -50,6 +55,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel, MultimodalOutput
     from mmfast.models.lavin import Lavin, LavinConfig
+    from mmfast.models.llama_adapter import LlamaAdapter, LlamaAdapterConfig
     from mmfast.models.llava import Llava, LlavaConfig
     from mmfast.models.minigpt4 import MiniGPT4, MiniGPT4Config
     from mmfast.models.stages import LoraSpec, Stage

@@ -41,7 +41,7 @@ from mmfast.nn import MixtureAdapter
 from mmfast.nn.adapted_linear import MergeDrift
 
 if TYPE_CHECKING:
-    from mmfast.data.samples import ImagePart, MediaPart
+    from mmfast.data.samples import MediaPart
 
 __all__ = ["Lavin", "LavinConfig", "LavinProcessor"]
 
@@ -142,7 +142,7 @@ class LavinProcessor(Processor):
         import numpy as np
         from PIL.Image import Resampling
 
-        image = load_image(part, media_folder, sample_id)
+        image = load_image(cast(Any, part), media_folder, sample_id)
         if self.pad_to_square:
             image = padded_to_square(image, _IMAGENET_MEAN)
         image = image.resize((self.image_size, self.image_size), Resampling.BICUBIC)
@@ -177,6 +177,8 @@ class Lavin(MultimodalModel):
     config_class = LavinConfig
     system = "lavin"
     parts = ("encoder", "vision_adapters", "connector", "modality", "adapters", "language_model", "lora")
+    # What stands before the up-projections, which begin at zero, and the modality token that routes.
+    zero_at_first = ("*.lora_a", "*.down_weight", "*.down_bias", "*.router_weight", "*.router_bias", "modality.weight")
     settings = (
         "vision_blocks",
         "vision_routing",

@@ -44,6 +44,9 @@ class Stage:
     """Learning rate of each trained part, such as "connector", "language_model" or "lora"."""
     lora: LoraSpec | None = None
     """Adapters that the stage needs; they are added when absent."""
+    routes: Mapping[str, tuple[str, ...]] | None = None
+    """Where samples with media ("media") and samples of text alone ("text") are to train different parts: the parts of
+    either kind. None: all samples train all parts."""
 
 
 class StagedModel(nn.Module):
@@ -62,6 +65,8 @@ class StagedModel(nn.Module):
 
     parts: ClassVar[tuple[str, ...]] = ("encoder", "connector", "language_model", "lora")
     frozen_parts: ClassVar[tuple[str, ...]] = ("encoder",)
+    zero_at_first: ClassVar[tuple[str, ...]] = ("*.lora_a",)
+    """Patterns of names of trained tensors whose first gradient is zero: LoRA's A, as B starts at zero."""
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     """Trained tensors that a run may start without, from one of a variant that lacks them; they are fresh then."""
 
@@ -145,7 +150,7 @@ class StagedModel(nn.Module):
             parameters = self.part_parameters(part).values()
             counts = [sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)]
             sums = [total + count for total, count in zip(sums, counts, strict=True)]
-            if part != "lora" or counts[1]:
+            if counts[1]:
                 rows.append((part, f"{counts[0]:,}", f"{counts[1]:,}"))
         rows.append(("all", f"{sums[0]:,}", f"{sums[1]:,}"))
         return "\n".join(f"{part:<15}{trainable:>17}{total:>17}" for part, trainable, total in rows)
@@ -207,6 +212,14 @@ class StagedModel(nn.Module):
         refused = [part for part in stage.train if part not in accepted]
         if refused:
             raise ValueError(f"{where} trains {', '.join(refused)}; accepted are {', '.join(accepted)}")
+        routed = [part for parts in (stage.routes or {}).values() for part in parts]
+        if stage.routes is not None and (
+            set(stage.routes) != {"media", "text"} or sorted(routed) != sorted(stage.train)
+        ):
+            raise ValueError(
+                f"{where} trains {', '.join(stage.train)} and has the routes {dict(stage.routes)}; each part in one of "
+                '"media" and "text" is accepted'
+            )
         if stage.lora is not None and self.lora_spec is not None and stage.lora != self.lora_spec:
             raise ValueError(
                 f"{where} needs {stage.lora} but the model has {self.lora_spec}; the same is accepted; call "

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.ops import zero_init_attention
@@ -42,12 +43,16 @@ class ZeroInitAttention(nn.Module):
         hidden_size: C, what the projections take; default H · D.
         gate_per_head: one gate for each head (the official code) or one for all (PEFT).
         gate_activation: "tanh" (the training code) or "identity" (the paper, the inference code, PEFT, LitGPT).
+        learned: False: the layer has no prompts of its own; each sample brings its prompts, as `prompt_bias`.
 
-    Parameters: `prompt` [P, C], from N(0, 1) as in the official code, and `gate` [H] or [1], zeros; both in `dtype`.
+    Parameters: `prompt` [P, C], from N(0, 1) as in the official code (None if not learned), and `gate` [H] or [1],
+    zeros; both in `dtype`.
 
     Raises:
         ValueError: If the sizes do not fit or `gate_activation` is unknown.
     """
+
+    prompt: nn.Parameter | None
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class ZeroInitAttention(nn.Module):
         *,
         gate_per_head: bool = True,
         gate_activation: Literal["tanh", "identity"] = "tanh",
+        learned: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
@@ -76,14 +82,16 @@ class ZeroInitAttention(nn.Module):
         self.prompt_length = prompt_length
         self.hidden_size = num_heads * head_dim if hidden_size is None else hidden_size
         self.gate_per_head, self.gate_activation = gate_per_head, gate_activation
-        self.prompt = nn.Parameter(torch.empty(prompt_length, self.hidden_size, device=device, dtype=dtype))
+        prompt = nn.Parameter(torch.empty(prompt_length, self.hidden_size, device=device, dtype=dtype))
+        self.register_parameter("prompt", prompt if learned else None)
         self.gate = nn.Parameter(torch.empty(num_heads if gate_per_head else 1, device=device, dtype=dtype))
         self._cached: _Cached | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Prompts from N(0, 1), gates closed."""
-        nn.init.normal_(self.prompt)
+        if self.prompt is not None:
+            nn.init.normal_(self.prompt)
         nn.init.zeros_(self.gate)
 
     def forward(
@@ -98,6 +106,7 @@ class ZeroInitAttention(nn.Module):
         scale: float | None = None,
         prompt_bias: Tensor | None = None,
         words: Tensor | None = None,
+        prompted: Tensor | None = None,
     ) -> Tensor:
         """Attends to the words and to the prompts.
 
@@ -105,15 +114,26 @@ class ZeroInitAttention(nn.Module):
             query [B, H, L, D], key, value [B, Hkv, S, D]: of the words, rotated where the layer rotates them.
             key_proj, value_proj: the layer's projections, from [..., C] to [..., Hkv · D].
             attn_mask, is_causal, scale: as in `F.scaled_dot_product_attention`; masks concern the words alone.
-            prompt_bias [B, P, C] or [B, 1, C]: added to the prompts of each sample, an image's features for instance.
+            prompt_bias [B, P, C] or [B, 1, C]: added to the prompts of each sample, an image's features for instance;
+                the prompts themselves where the layer has none of its own.
             words [B, H, L, D]: the words' part, if another attention has computed it.
+            prompted [B] bool: the samples that attend to prompts; None: all. The others get the words' part, bit for
+                bit.
 
         Returns:
             [B, H, L, D] in the dtype of `query` (autocast's under autocast).
         """
         prompt_key, prompt_value = self.prompt_key_value(key_proj, value_proj, query.dtype, prompt_bias)
         tensors = query, key, value, prompt_key, prompt_value, self.gate
-        return zero_init_attention(*tensors, attn_mask, is_causal, scale, self.gate_activation, words)
+        if prompted is None:
+            return zero_init_attention(*tensors, attn_mask, is_causal, scale, self.gate_activation, words)
+        if words is None:
+            grouped = key.shape[1] != query.shape[1]
+            words = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            )
+        both = zero_init_attention(*tensors, scale=scale, gate_activation=self.gate_activation, words=words)
+        return torch.where(prompted[:, None, None, None], both, words)
 
     def prompt_key_value(
         self,
@@ -126,15 +146,15 @@ class ZeroInitAttention(nn.Module):
         composed = any(projection._modules for projection in (key_proj, value_proj))  # may have switches of their own
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or composed:
             return self._project(key_proj, value_proj, dtype, prompt_bias)
-        if torch.is_autocast_enabled(self.prompt.device.type):
-            dtype = torch.get_autocast_dtype(self.prompt.device.type)
-        given = () if prompt_bias is None else (prompt_bias,)
+        if torch.is_autocast_enabled(self.gate.device.type):
+            dtype = torch.get_autocast_dtype(self.gate.device.type)
+        given = tuple(prompts for prompts in (self.prompt, prompt_bias) if prompts is not None)
         modules = (
             module
             for projection in (key_proj, value_proj)
             for module in (projection.parameters(), projection.buffers())
         )
-        sources = (self.prompt, *given, *chain.from_iterable(modules))
+        sources = (*given, *chain.from_iterable(modules))
         if any(source.is_inference() for source in sources):  # changes of these are not counted
             return self._project(key_proj, value_proj, dtype, prompt_bias)
         states = tuple((source.data_ptr(), source._version) for source in sources)
@@ -152,11 +172,16 @@ class ZeroInitAttention(nn.Module):
     def _project(
         self, key_proj: nn.Module, value_proj: nn.Module, dtype: torch.dtype, prompt_bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        hidden = self.prompt if prompt_bias is None else self.prompt + prompt_bias
-        if hidden.shape[-2:] != self.prompt.shape or hidden.dim() > 3:
+        expected = (self.prompt_length, self.hidden_size)
+        if self.prompt is None:
+            hidden = prompt_bias
+        else:
+            hidden = self.prompt if prompt_bias is None else self.prompt + prompt_bias
+        if hidden is None or hidden.shape[-2:] != expected or hidden.dim() > 3:
+            one = "" if self.prompt is None else " or [B, 1, C]"
             raise ValueError(
                 f"ZeroInitAttention: prompt_bias is {[] if prompt_bias is None else list(prompt_bias.shape)}; expected "
-                f"[B, P, C] or [B, 1, C] with [P, C] = {list(self.prompt.shape)}"
+                f"[B, P, C]{one} with [P, C] = {list(expected)}"
             )
         hidden = hidden.to(dtype)
         key, value = (
@@ -179,4 +204,5 @@ class ZeroInitAttention(nn.Module):
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"prompt_length={self.prompt_length}, hidden_size={self.hidden_size}, "
             f"gate_per_head={self.gate_per_head}, gate_activation={self.gate_activation!r}"
+            f"{'' if self.prompt is not None else ', learned=False'}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmfast.data import BatchPlan, EncodedDataset
+from mmfast.data import BatchPlan, EncodedDataset, JoinedDataset
 
 if TYPE_CHECKING:
     from mmfast.data import Processor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["MicroBatch", "supervised_tokens", "training_windows"]
 
 IGNORE_INDEX = -100
+_TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
 _GRACE_SECONDS = 15
 
 
@@ -32,6 +33,11 @@ class MicroBatch:
     inputs: dict[str, Tensor]
     """input_ids, attention_mask, labels and, where there are media, the model's `media_inputs`; on the CPU."""
 
+    @property
+    def kind(self) -> str:
+        """ "media" if any sample has one, else "text"."""
+        return "media" if self.inputs.keys() - _TEXT_INPUTS else "text"
+
     def pin_memory(self) -> MicroBatch:
         """The same in page-locked memory; the loader calls it where there is a GPU."""
         return MicroBatch(self.ids, {name: value.pin_memory() for name, value in self.inputs.items()})
@@ -43,13 +49,14 @@ def supervised_tokens(labels: Tensor) -> int:
 
 
 def training_windows(
-    dataset: EncodedDataset,
+    dataset: EncodedDataset | JoinedDataset,
     plan: BatchPlan,
     steps: range,
     micro_batch_size: int,
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    split_kinds: bool = False,
 ) -> Iterator[list[MicroBatch]]:
     """Yields one optimiser step's micro-batches of this process after the other.
 
@@ -62,13 +69,14 @@ def training_windows(
         rank: Number of this process. It takes every `world_size`-th sample of a step; a small last batch of
             an epoch may leave it without any.
         world_size: Number of processes.
+        split_kinds: Micro-batches hold samples with media or samples without, never both: one is divided in two.
     """
     windows = _Windows(plan, steps, micro_batch_size, rank, world_size)
     loader: DataLoader[Encoded] = DataLoader(
         dataset,
         batch_sampler=(chunk for window in windows for chunk in window),  # type: ignore[arg-type]
         num_workers=num_workers,
-        collate_fn=_Collate(dataset.processor),
+        collate_fn=_Collate(dataset.processor, split_kinds),
         worker_init_fn=_outlive_stop_signals,
         # An own generator: by default the loader draws from the global one, which dropout uses.
         generator=torch.Generator(),
@@ -76,7 +84,7 @@ def training_windows(
     )
     batches: Iterator[Any] = iter(loader)
     for window in windows:
-        yield [next(batches) for _ in window]
+        yield [batch for _ in window for batch in next(batches)]
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,13 @@ class _Windows:
 @dataclass(frozen=True)
 class _Collate:
     processor: Processor
+    split_kinds: bool
 
-    def __call__(self, encoded: list[Encoded]) -> MicroBatch:
-        return MicroBatch([item.id for item in encoded], self.processor.collate(encoded))
+    def __call__(self, encoded: list[Encoded]) -> list[MicroBatch]:
+        groups = [encoded]
+        if self.split_kinds:
+            groups = [[item for item in encoded if bool(item.media) is media] for media in (False, True)]
+        return [MicroBatch([item.id for item in group], self.processor.collate(group)) for group in groups if group]
 
 
 def _outlive_stop_signals(worker: int) -> None:

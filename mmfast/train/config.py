@@ -23,8 +23,9 @@ class StageConfig:
     name: str
     """Name of the stage in the model's table: align (the connector alone), instruct (connector and language
     model) or instruct_lora (connector and LoRA)."""
-    data: str | None = None
-    """Training samples of this stage: a JSON or JSONL file, or world:<split>. None: the run's `data`."""
+    data: str | list[str] | None = None
+    """Training samples of this stage: a JSON or JSONL file, or world:<split>; a list joins several. None: the run's
+    `data`."""
     media_folder: str | None = None
     """Folder of this stage's images. None: the run's `media_folder`."""
     template: str | None = None
@@ -124,9 +125,9 @@ class TrainConfig:
     """Further settings of the system, by the names of its `from_parts`."""
     start_from: str | None = None
     """A finished run (or saved model folder) whose trained parts this run starts with. None: fresh ones."""
-    data: str | None = None
-    """Training samples: a JSON or JSONL file, world:<split> for the embedded world (several splits are joined by "+")
-    or scienceqa:<path of problems.json>:<split>. A stage may name its own."""
+    data: str | list[str] | None = None
+    """Training samples: a JSON or JSONL file, world:<split> for the embedded world, or scienceqa:<path of
+    problems.json>:<split>; a list joins several. A stage may name its own."""
     media_folder: str | None = None
     """Folder to which the samples' image paths are relative. None: the folder of the data file."""
     out: str = "runs/train"

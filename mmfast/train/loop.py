@@ -28,13 +28,14 @@ from mmfast.train.step import (
     build_optimizer,
     check_gradients,
     clip_gradients,
+    clip_groups,
 )
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from mmfast.data import BatchPlan, EncodedDataset
+    from mmfast.data import BatchPlan, JoinedDataset
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
@@ -84,6 +85,7 @@ class _RunningStage:
     optimizer: torch.optim.Optimizer
     names: dict[nn.Parameter, str]
     windows: Iterator[list[MicroBatch]]
+    clipped: list[list[nn.Parameter]]
 
 
 def train(
@@ -160,17 +162,11 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     if checkpoint is None:
         enter_stage(model, stage, accelerator.device)
     set_processor(model, stage, config, run.config.max_length)
-    samples, media_folder = open_samples(
-        config.data or cast(str, run.config.data), config.media_folder or run.config.media_folder
-    )
-    from mmfast.data import BatchPlan, EncodedDataset, check_supervision
+    from mmfast.data import BatchPlan
 
-    dataset = EncodedDataset(samples, cast(Any, model.processor), media_folder)
-    if isinstance(samples, list):
-        # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
-        check_supervision(dataset, limit=_CHECKED_AT_START)
-    plan = BatchPlan(len(samples), config.batch_size, seed)
-    total = steps_in_stage(len(samples), config.batch_size, config.epochs, config.max_steps)
+    dataset = _open_data(run, config)
+    plan = BatchPlan(len(dataset), config.batch_size, seed)
+    total = steps_in_stage(len(dataset), config.batch_size, config.epochs, config.max_steps)
     if run.config.feature_cache:
         _fill_feature_cache(run, dataset, plan, range(progress.step, total))
     optimizer = build_optimizer(model, stage, config)
@@ -189,21 +185,41 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         run.config.num_workers,
         accelerator.process_index,
         accelerator.num_processes,
+        split_kinds=stage.routes is not None,
     )
-    return _RunningStage(stage, config, plan, total, optimizer, names, windows)
+    clipped = clip_groups(model, stage)
+    return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped)
 
 
-def _fill_feature_cache(run: _Run, dataset: EncodedDataset, plan: BatchPlan, steps: range) -> None:
+def _open_data(run: _Run, config: StageConfig) -> JoinedDataset:
+    """The stage's samples, of one source or of several."""
+    from mmfast.data import EncodedDataset, JoinedDataset, check_supervision
+
+    data, datasets = config.data or run.config.data, []
+    for name in [data] if isinstance(data, str) else cast(list[str], data):
+        samples, media_folder = open_samples(name, config.media_folder or run.config.media_folder)
+        datasets.append(EncodedDataset(samples, cast(Any, run.model.processor), media_folder))
+        if isinstance(samples, list):
+            # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
+            check_supervision(datasets[-1], limit=_CHECKED_AT_START)
+    return JoinedDataset(datasets)
+
+
+def _fill_feature_cache(run: _Run, dataset: JoinedDataset, plan: BatchPlan, steps: range) -> None:
     """Encodes what the stage's remaining steps read and the cache does not have, each process its share."""
     accelerator, model = run.accelerator, cast(Any, run.model)
     used = sorted({index for batch in plan.batches(steps.start, steps.stop) for index in batch})
-    encoded = model.fill_feature_cache(
-        run.config.feature_cache,
-        (dataset.samples[index] for index in used),
-        dataset.media_folder,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    encoded = start = 0
+    for part in dataset.parts:
+        own = [index - start for index in used if start <= index < start + len(part)]
+        encoded += model.fill_feature_cache(
+            run.config.feature_cache,
+            map(part.samples.__getitem__, own),
+            part.media_folder,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        start += len(part)
     accelerator.print(f"feature cache {run.config.feature_cache}: {encoded} videos encoded, the others were there")
     accelerator.wait_for_everyone()
 
@@ -239,12 +255,12 @@ def _train_stage(run: _Run, running: _RunningStage) -> None:
 def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch]) -> tuple[WindowResult, float]:
     """One step, or none at all if the loss or a gradient is not finite; returns the sums and the gradient's norm."""
     progress, stage, optimizer = run.progress, running.stage, running.optimizer
-    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config))
-    norm = clip_gradients(list(running.names), running.config.max_grad_norm)
+    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config), stage)
+    norm = math.hypot(*(clip_gradients(group, running.config.max_grad_norm) for group in running.clipped))
     finite = math.isfinite(result.loss) and math.isfinite(norm)
     if finite:
-        # A window of text alone has no gradient for the connector: the first with images is judged.
-        if not progress.gradients_checked and (result.media or "connector" not in stage.train):
+        # A window of text alone has no gradient for the connector: the first with all that is needed is judged.
+        if not progress.gradients_checked and _needed_kinds(stage) <= result.kinds:
             check_gradients(run.model, stage, window)
             progress.gradients_checked = True
         optimizer.step()
@@ -259,7 +275,10 @@ def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch])
 def _finish_stage(run: _Run, running: _RunningStage) -> None:
     progress = run.progress
     if not progress.gradients_checked:
-        run.accelerator.print(f"train: stage {running.stage.name} saw no image: the connector has not trained")
+        needed = " and ".join(sorted(_needed_kinds(running.stage)))
+        run.accelerator.print(
+            f"train: stage {running.stage.name} had no step with samples of {needed}: not all of its parts have trained"
+        )
     progress.finished.append(
         StageResult(
             name=running.stage.name,
@@ -275,6 +294,13 @@ def _finish_stage(run: _Run, running: _RunningStage) -> None:
     received = _stop_requested(run)
     if received and progress.stage < len(run.config.stages):
         _leave(run, received, path)
+
+
+def _needed_kinds(stage: Stage) -> set[str]:
+    """The kinds of samples without which a step gives no gradient to some part."""
+    if stage.routes is not None:
+        return set(stage.routes)
+    return {"media"} if "connector" in stage.train else set()
 
 
 def _set_rates(running: _RunningStage, step: int) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
     from mmfast.models.stages import Stage
     from mmfast.train.config import StageConfig
 
-__all__ = ["WindowResult", "accumulate_gradients", "build_optimizer", "check_gradients", "clip_gradients"]
+__all__ = [
+    "WindowResult",
+    "accumulate_gradients",
+    "build_optimizer",
+    "check_gradients",
+    "clip_gradients",
+    "clip_groups",
+]
 
-# LoRA starts with B = 0, so the first gradient of A is zero; likewise in a mixture adapter everything before its
-# up-projections, and the modality token that they are routed by. Only what ends so may have none.
-_ZERO_AT_FIRST = ("lora_a", "down_weight", "down_bias", "router_weight", "router_bias", "modality.weight")
 _NAMED = 6
+# The kinds of micro-batches, each with the other one.
+_OTHER = {"media": "text", "text": "media"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class WindowResult:
     """All tokens that are not padding."""
     media: int
     """Rows of the media that went in; 0 where there was text alone."""
+    kinds: frozenset[str]
+    """Kinds of its micro-batches: "media", "text"."""
 
 
 def build_optimizer(model: MultimodalModel, stage: Stage, config: StageConfig) -> torch.optim.AdamW:
@@ -66,43 +75,62 @@ def build_optimizer(model: MultimodalModel, stage: Stage, config: StageConfig) -
 
 
 def accumulate_gradients(
-    model: MultimodalModel, window: Sequence[MicroBatch], accelerator: Accelerator, dtype: torch.dtype
+    model: MultimodalModel,
+    window: Sequence[MicroBatch],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    stage: Stage | None = None,
 ) -> WindowResult:
     """Adds to the gradients those of the window's mean loss per supervised token.
 
     The mean is over the tokens of the whole window and of all processes, so neither the micro-batch size nor the
     number of processes changes the result: each micro-batch adds the sum of its losses divided by that number.
 
+    In a stage with routes a part gets gradients from micro-batches of its kind alone, and the mean is over the tokens
+    of that kind: exactly the step that it would make without the others.
+
     Args:
         model: The model in training mode; its gradients are zero or None.
         window: The micro-batches of one step on this process; may be empty.
         accelerator: Says where to compute, and sums over processes.
         dtype: bfloat16 computes under autocast.
+        stage: The stage that the model is in, for its routes; with these each micro-batch is of one kind.
     """
     device = accelerator.device
     counts = [
-        sum(supervised_tokens(batch.inputs["labels"]) for batch in window),
+        *(sum(supervised_tokens(b.inputs["labels"]) for b in window if b.kind == kind) for kind in _OTHER),
         sum(int(batch.inputs["attention_mask"].sum()) for batch in window),
         sum(len(batch.inputs[name]) for batch in window for name in model.media_inputs if name in batch.inputs),
     ]
-    supervised, tokens, media = _sum_over_processes(counts, accelerator)
+    *by_kind, tokens, media = _sum_over_processes(counts, accelerator)
+    own, supervised = dict(zip(_OTHER, by_kind, strict=True)), sum(by_kind)
+    routes = stage.routes if stage else None
+    others = {kind: [] if routes is None else _trained(model, routes[_OTHER[kind]]) for kind in _OTHER}
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
     for batch in window:
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
-        with autocast:
-            output = model(**inputs, loss_reduction="sum")
-        part = output.loss / supervised
-        # A text-only micro-batch has no path to the connector, and nothing to add if that alone trains.
-        if part.requires_grad:
-            part.backward()
-        loss += part.detach()
+        with _frozen(others[batch.kind]):
+            with autocast:
+                output = model(**inputs, loss_reduction="sum")
+            part = output.loss / (supervised if routes is None else own[batch.kind])
+            # A text-only micro-batch has no path to the connector, and nothing to add if that alone trains.
+            if part.requires_grad:
+                part.backward()
+        loss += output.loss.detach() / supervised
         correct += output.correct_tokens
     if accelerator.num_processes > 1:
         _sum_gradients(model, accelerator)
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
-    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media)
+    kinds = frozenset(kind for kind, count in own.items() if count)
+    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds)
+
+
+def clip_groups(model: MultimodalModel, stage: Stage) -> list[list[nn.Parameter]]:
+    """What is clipped together: all that trains, or that of each kind of samples where these train different parts."""
+    routes = [tuple(stage.train)] if stage.routes is None else stage.routes.values()
+    return [_trained(model, parts) for parts in routes]
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
@@ -115,7 +143,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
 def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> None:
     """Checks that everything that trains got a gradient that says something.
 
-    LoRA's A is excepted, and what else has no gradient before another tensor has left zero.
+    What the model names in `zero_at_first` is excepted: LoRA's A has no gradient before B has left zero.
 
     Raises:
         RuntimeError: If a trainable tensor has no gradient, or a gradient of zeros; the message names the parts
@@ -128,7 +156,9 @@ def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[Micro
         zero = [
             name
             for name, p in named.items()
-            if p.grad is not None and not name.endswith(_ZERO_AT_FIRST) and not bool(p.grad.any())
+            if p.grad is not None
+            and not any(fnmatch(name, pattern) for pattern in model.zero_at_first)
+            and not bool(p.grad.any())
         ]
         for kind, names in (("no gradient", missing), ("a gradient of zeros", zero)):
             if names:
@@ -140,6 +170,22 @@ def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[Micro
             f"train: in stage {stage.name}, after its first step, {'; '.join(problems)}; every tensor that trains "
             f"must have a gradient; take the part out of the stage, or look at the samples {', '.join(ids[:_NAMED])}"
         )
+
+
+def _trained(model: MultimodalModel, parts: Sequence[str]) -> list[nn.Parameter]:
+    return [p for part in parts for p in model.part_parameters(part).values() if p.requires_grad]
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """None of them gets a gradient inside."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _sum_over_processes(counts: list[int], accelerator: Accelerator) -> list[int]:

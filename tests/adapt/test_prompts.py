@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmfast.adapt import (
     add_lora,
     add_prompts,
     dequantize,
+    given_prompts,
     has_adapters,
     load_adapter,
     quantize,
@@ -426,3 +428,57 @@ def test_models_without_the_attention_interface_are_refused(monkeypatch: pytest.
     with pytest.raises(ValueError, match="LlamaModel does not take its attention from transformers' attention interf"):
         add_prompts(model, 5, 1)
     assert not zero_init(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_samples_bring_prompts_of_their_own() -> None:
+    model, ids = prompted(layers=[1]), tokens()
+    prompt = model.model.layers[1].self_attn.prompts.prompt
+    bias = torch.randn(3, 1, 32)
+    bias[1] = 0.0
+    with torch.no_grad():
+        found = model(ids, prompt_bias=bias).logits
+        assert torch.equal(found[1], logits(model)[1])
+        prompt.add_(bias[2])
+    torch.testing.assert_close(found[2], logits(model)[2], rtol=1e-4, atol=1e-5)
+    add_prompts(model, 4, [0], learned=False)
+    open_gates(model)
+    without = logits(model)
+    given = {"sample_prompts": torch.randn(3, 4, 32), "prompted": torch.tensor([True, False, True])}
+    with torch.no_grad():
+        found = model(ids, **given).logits
+    assert torch.equal(found[1], without[1])
+    assert all((found[row] - without[row]).norm() > 1e-2 * without.norm() for row in (0, 2))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_given_prompts_reach_generate(beams: int) -> None:
+    model = prompted()
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, **KEEP}
+    given = {"prompt_bias": torch.randn(3, 1, 32)}
+    with given_prompts(model.model, **given):
+        together = model.generate(**padded(), **options).sequences
+        found = []
+        thread = threading.Thread(target=lambda: found.append(logits(model)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], logits(model)), "another thread's calls are its own"
+    rows = []
+    for row in range(3):
+        with given_prompts(model.model, prompt_bias=given["prompt_bias"][row : row + 1]):
+            batch = {name: tensor[row : row + 1] for name, tensor in padded().items()}
+            rows.append(model.generate(**batch, **options).sequences)
+    assert torch.equal(together, torch.cat(rows))
+    assert not torch.equal(together, model.generate(**padded(), **options).sequences)
+
+
+def test_a_folder_keeps_layers_without_learned_prompts(tmp_path: Path) -> None:
+    model = tiny()
+    add_prompts(model, 4, [0], learned=False)
+    add_prompts(model, 5, [1])
+    open_gates(model)
+    save_adapter(model, tmp_path)
+    loaded = tiny()
+    load_adapter(loaded, tmp_path)
+    given = {"sample_prompts": torch.randn(3, 4, 32)}
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(), **given).logits, model(tokens(), **given).logits)

@@ -236,3 +236,47 @@ def test_load_video_instruct_as_video_chatgpt_converts_it(tmp_path: Path) -> Non
     assert all(sample["messages"][1]["content"] == "A." for sample in loaded)
     with pytest.raises(ValueError, match="expected texts as 'q', 'a' and 'video_id'"):
         load_samples(write(tmp_path, [{"q": "Q", "a": 3, "video_id": "v_1"}]))
+
+
+def test_load_alpaca(tmp_path: Path) -> None:
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "kind": "sum"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "What is it?", "image": "a.png", "output": "a cat"},
+    ]
+    first, second, third = load_samples(write(tmp_path, json.dumps(records), "alpaca_data.json"))
+    assert first == {
+        "id": "alpaca_data-0",
+        "kind": "sum",
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Add."}, {"type": "text", "text": "1 2", "is_input": True}],
+            },
+            {"role": "assistant", "content": "3"},
+        ],
+    }
+    assert second["messages"][0]["content"] == [{"type": "text", "text": "Say hi."}]
+    assert third["messages"][0]["content"][0] == {"type": "image", "image": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "Add."}, "sample 'data-0': output is None; expected a text"),
+        ({"instruction": "", "output": "3"}, "sample 'data-0': instruction is ''"),
+        ({"instruction": "Add.", "input": 3, "output": "3"}, "sample 'data-0': input is 3"),
+        ({"instruction": "Add.", "image": "../a.png", "output": "3"}, "leaves the media folder"),
+    ],
+)
+def test_load_alpaca_refuses_by_name(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_samples(write(tmp_path, json.dumps([record])))
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_an_input_stands_in_a_question(role: str) -> None:
+    content = [{"type": "text", "text": "x", "is_input": True if role == "assistant" else "yes"}]
+    turns = [{"role": "user", "content": content}] if role == "user" else [QUESTION, {"role": role, "content": content}]
+    with pytest.raises(ValueError, match=f"is_input is .* in a turn of '{role}'"):
+        validate_sample(sample(messages=turns))

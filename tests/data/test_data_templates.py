@@ -183,6 +183,7 @@ def test_render_generation_prompt_is_what_comes_before_the_answer(name: str) -> 
         "minigpt_v2": f"{last}</s>",
         "lavin": f"{last}</s>",
         "lavin_scienceqa": f"{last}</s>",
+        "alpaca": f"{last}</s>",
     }
     assert rest == expected.get(name, f" {last}</s>")
     assert prompt == prompt.rstrip() or template.answer_apart
@@ -224,3 +225,28 @@ def test_get_template_lists_names() -> None:
     assert get_template("vicuna_v1").stop_text == ""
     with pytest.raises(ValueError, match=r"no template 'v1'; accepted are plain, vicuna_v1, llava_v1, llama_2"):
         get_template("v1")
+
+
+ALPACA = "Below is an instruction that describes a task"
+PAIRED = f"{ALPACA}, paired with an input that provides further context"
+REQUEST = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
+
+
+def input_part(value: str) -> dict[str, Any]:
+    return {**text(value), "is_input": True}
+
+
+def test_alpaca_with_and_without_input() -> None:
+    template = get_template("alpaca")
+    pieces = template.render([user("Add."), assistant("3")])
+    assert written(pieces) == f"{ALPACA}{REQUEST}Add.\n\n### Response:3</s>"
+    assert written(pieces, supervised=True) == "3</s>"
+    pieces = template.render([user(input_part("1 2"), "Add."), assistant("3")])
+    assert written(pieces) == f"{PAIRED}{REQUEST}Add.\n\n### Input:\n1 2\n\n### Response:3</s>"
+    own = template.render([{"role": "system", "content": "Be short."}, user("Add.", input_part("1 2"))], True)
+    assert written(own) == "Be short.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"
+
+
+def test_templates_without_a_place_for_the_input_write_it_on_its_own_line() -> None:
+    pieces = get_template("short").render([user(IMAGE, input_part("1 2"), "Add?")], True)
+    assert written(pieces) == "USER: <image>\nAdd?\n1 2 ASSISTANT:"

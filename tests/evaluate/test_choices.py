@@ -13,7 +13,6 @@ from mmfast.data import get_template
 from mmfast.evaluate import accuracy, evaluate
 from mmfast.evaluate.choices import chosen_letter, score_choices
 from mmfast.evaluate.samples import open_samples
-from mmfast.world import samples
 
 
 @pytest.mark.parametrize(
@@ -60,14 +59,3 @@ def test_evaluate_scienceqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result["chance_accuracy"] == pytest.approx(3 / 8)
     assert accuracy.format_table({"with_images": result}).splitlines()[-1].split() == ["chance", "37.5%"]
     assert open_samples(data)[1] == str(tmp_path / "images")
-
-
-def test_splits_of_the_world_are_joined() -> None:
-    joined, folder = open_samples("world:questions-test+text-test")
-    assert folder is None
-    assert len(joined) == 1400
-    assert joined[1000]["id"] == samples("text-test")[0]["id"]
-    assert [sample["id"] for sample in joined[999:1001]] == ["questions-test-00999", "text-test-00000"]
-    assert joined[-1]["id"] == "text-test-00399"
-    with pytest.raises(IndexError):
-        joined[1400]

@@ -180,5 +180,5 @@ def test_from_pretrained_refusals(tiny: Any, tmp_path: Path, llm: Path) -> None:
 
 def test_get_system() -> None:
     assert get_system("llava") is Llava
-    with pytest.raises(ValueError, match="the system is 'lava'; accepted are llava"):
+    with pytest.raises(ValueError, match="the system is 'lava'; accepted are lavin, llama_adapter, llava"):
         get_system("lava")

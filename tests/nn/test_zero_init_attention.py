@@ -256,3 +256,44 @@ def test_errors() -> None:
         ZeroInitAttention(4, 4, 8, gate_activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"prompt_bias is \[2, 7, 1, 48\]; expected \[B, P, C\] or \[B, 1, C\]"):
         Layer()(prompt_bias=torch.zeros(2, 7, 1, HIDDEN))
+
+
+def test_prompts_that_come_with_the_sample() -> None:
+    layer = opened(learned=False)
+    assert [name for name, _ in layer.module.named_parameters()] == ["gate"]
+    assert layer.module.extra_repr().endswith("learned=False")
+    given = torch.randn(2, PROMPTS, HIDDEN)
+    key, value = (
+        projection(given).view(2, PROMPTS, KV_HEADS, DIM).transpose(1, 2)
+        for projection in (layer.key_proj, layer.value_proj)
+    )
+    expected = zero_init_attention(*layer.words, key, value, layer.module.gate, is_causal=True)
+    torch.testing.assert_close(layer(prompt_bias=given), expected)
+    for wrong in (None, given[:, :1], given[..., :4]):
+        with pytest.raises(ValueError, match=r"expected \[B, P, C\] with \[P, C\] = \[5, 48\]"):
+            layer(prompt_bias=wrong)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_samples_without_prompts_keep_their_bits(given: bool) -> None:
+    layer = opened(learned=False)
+    bias, prompted = torch.randn(2, PROMPTS, HIDDEN), torch.tensor([False, True])
+    words = layer.plain() if given else None
+    found = layer(prompt_bias=bias, prompted=prompted, words=words)
+    assert torch.equal(found[0], layer.plain()[0])
+    torch.testing.assert_close(found[1], layer(prompt_bias=bias)[1])
+    found.sum().backward()
+    alone, gate = layer.module.gate.grad, layer.module.gate
+    gate.grad = None
+    layer(prompt_bias=bias)[1].sum().backward()
+    torch.testing.assert_close(alone, gate.grad)
+
+
+def test_one_vector_for_all_prompts_reaches_every_word_alike() -> None:
+    """Softmax does not see what is added to all scores of a query, so V1's image adds act(gate) · V i to each word."""
+    layer = opened()
+    bias = torch.randn(2, 1, HIDDEN)
+    value = (bias @ layer.value_proj.weight.T).view(2, 1, KV_HEADS, DIM).transpose(1, 2)
+    value = value.repeat_interleave(HEADS // KV_HEADS, 1)
+    expected = layer() + layer.module.gate.tanh()[:, None, None] * value
+    torch.testing.assert_close(layer(prompt_bias=bias), expected, rtol=1e-4, atol=1e-5)

@@ -25,6 +25,15 @@ PUBLISHED: dict[str, list[tuple[Any, ...]]] = {
     # docs/train_video_chatgpt.md of Video-ChatGPT.
     "video-chatgpt-7b": [("instruct", 32, 3, {"connector": 2e-5, "markers": 2e-5}, None, None)],
 }
+# alpaca_finetuning_v1/finetuning.sh and llama_adapter_v2_multimodal7b/exps/{pretrain,finetune}.sh of LLaMA-Adapter:
+# stage, base rate, epochs, epochs of warm-up, weight decay. For the images of version 1 and for joint training there is
+# none; they have the paper's epochs and the rates of both phases.
+LLAMA_ADAPTER: dict[str, list[tuple[Any, ...]]] = {
+    "llama-adapter-v1-7b": [("instruct", {9e-3}, 5, 2, 0.02)],
+    "llama-adapter-v1-7b-images": [("instruct_images", {9e-3}, 30, 12, 0.02)],
+    "llama-adapter-v2-7b": [("joint", {1e-4, 1e-3}, 4, 1, 0.02)],
+    "llama-adapter-v2-multimodal-7b": [("pretrain", {1e-4}, 3, 0.1, 0.05), ("finetune", {1e-3}, 4, 1, 0.02)],
+}
 
 
 # name, stage, batch, steps, learning rates at the start, peak and end, all of one part
@@ -46,9 +55,10 @@ def test_minigpt4_recipes_have_the_published_numbers(name: str) -> None:
 
 
 def test_recipes_are_the_named_ones() -> None:
-    worlds = [name for name in recipe_names() if name.endswith("-world")]
-    assert worlds == ["lavin-world", "llava-hd-world", "llava-world", "minigpt4-world", "video-chatgpt-world"]
-    assert recipe_names() == sorted([*PUBLISHED, *MINIGPT4, *worlds, "lavin-13b", "lavin-7b"])
+    tiny = ("lavin", "llama-adapter-v1", "llama-adapter-v2", "llava", "llava-hd", "minigpt4", "video-chatgpt")
+    worlds = [f"{name}-world" for name in tiny]
+    published = [*PUBLISHED, *LLAMA_ADAPTER, *MINIGPT4, "lavin-7b", "lavin-13b"]
+    assert recipe_names() == sorted([*published, *worlds])
 
 
 def test_llava_1_5_hd_has_the_canvases_of_six_tiles() -> None:
@@ -68,6 +78,16 @@ def test_published_recipes_have_the_published_numbers(name: str) -> None:
     connectors = {"llava-v1": "linear", "video-chatgpt-7b": None}
     assert recipe.connector == connectors.get(name, "mlp2x_gelu")
     assert recipe.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", LLAMA_ADAPTER)
+def test_llama_adapters_rates_are_base_rates_times_batch_over_256(name: str) -> None:
+    recipe = load_recipe(name)
+    for stage, (title, bases, epochs, warmup, decay) in zip(recipe.stages, LLAMA_ADAPTER[name], strict=True):
+        assert (stage.name, stage.epochs, stage.weight_decay) == (title, epochs, decay)
+        assert sorted(set(stage.lr.values())) == pytest.approx(sorted(base * 32 / 256 for base in bases))
+        assert stage.warmup_ratio * stage.epochs == pytest.approx(warmup, rel=1e-2)
+        assert (stage.batch_size, stage.betas, stage.max_grad_norm) == (32, (0.9, 0.95), 0)
 
 
 def test_unknown_recipe_lists_the_known_ones() -> None:

@@ -14,6 +14,23 @@ from mmfast.train.estimate import estimate
 
 # Source: the counts of each paper or, where it has none, the sizes of the published checkpoint's tensors.
 COUNTS: dict[str, dict[str, dict[str, int]]] = {
+    "llama-adapter-v1-7b": {"instruct": {"prompts": 1_228_800, "gates": 960}},
+    "llama-adapter-v1-7b-images": {"instruct_images": {"connector": 528_448, "prompts": 1_228_800, "gates": 960}},
+    "llama-adapter-v2-7b": {
+        "joint": {
+            "connector": 60_665_088,
+            "prompts": 1_269_760,
+            "gates": 992,
+            "visual_gates": 32,
+            "norms": 266_240,
+            "bias_scale": 2_719_744,
+        }
+    },
+    # The published 61,731,584 of the first phase are with the gate of layer 0, 32 numbers that nothing reads.
+    "llama-adapter-v2-multimodal-7b": {
+        "pretrain": {"connector": 60_460_800, "prompts": 1_269_760, "gates": 61_731_584 - 32 - 60_460_800 - 1_269_760},
+        "finetune": {"norms": 266_240, "bias_scale": 1_363_968 - 266_240},
+    },
     "llava-1.5-7b-pretrain": {"align": {"connector": 20_979_712}},
     "llava-1.5-lora": {"instruct_lora": {"connector": 20_979_712, "lora": 319_815_680}},
     "llava-1.5": {"instruct": {"connector": 20_979_712, "language_model": 6_738_415_616}},

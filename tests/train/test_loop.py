@@ -224,7 +224,7 @@ def test_text_alone_trains_what_it_can(
     data = tmp_path / "text.json"
     data.write_text(json.dumps([{"id": str(index), "messages": turns} for index in range(4)]))
     result = train(make_config(data=str(data)))
-    assert "stage align saw no image: the connector has not trained" in capsys.readouterr().out
+    assert "stage align had no step with samples of media: not all of its parts have trained" in capsys.readouterr().out
     assert result.stages[1].loss is not None
     assert result.nonfinite_steps == 0
 

@@ -1,0 +1,205 @@
+"""The published files of LLaMA-Adapter: exactly their names and shapes, small, both ways; others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmfast.models import LlamaAdapter, LlamaAdapterConfig, open_model
+from mmfast.models.convert import convert
+from mmfast.models.export import export
+from mmfast.models.llama_adapter_original import FILE, layout_of, read_checkpoint
+
+C, HEADS, LAYERS, FFN, WIDTH, PROJECTED, DEPTH = 48, 4, 3, 64, 32, 20, 2
+
+
+def version_1(length: int = 10, prompted: int = 2) -> dict[str, Tensor]:
+    """alpaca_finetuning_v1/extract_adapter_from_checkpoint.py: the table, and the gates of all layers."""
+    gates = {f"layers.{i}.attention.gate": (1, HEADS, 1, 1) for i in range(LAYERS)}
+    return filled({"adapter_query.weight": (length * prompted, C), **gates})
+
+
+def version_2() -> dict[str, Tensor]:
+    """llama_adapter_v2_multimodal7b/util/extract_adapter_from_checkpoint.py, the BIAS form."""
+    linears = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH)}
+    linears |= {"mlp.fc1": (4 * WIDTH, WIDTH), "mlp.fc2": (WIDTH, 4 * WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual_query.weight": (10, WIDTH),
+        "adapter_query.weight": (10 * (LAYERS - 1), C),
+        **linear("clip_proj", WIDTH, PROJECTED),
+        **norm("clip_proj_norm", WIDTH),
+        **linear("visual_proj", C, WIDTH),
+        **norm("visual_proj_norm", C),
+        "llama.norm.weight": (C,),
+    }
+    for i in range(DEPTH):
+        for name, size in linears.items():
+            shapes |= linear(f"visual_blocks.{i}.{name}", *size)
+        shapes |= norm(f"visual_blocks.{i}.norm1", WIDTH) | norm(f"visual_blocks.{i}.norm2", WIDTH)
+    for i in range(LAYERS):
+        layer = f"llama.layers.{i}"
+        shapes[f"{layer}.attention.gate"] = (1, HEADS, 1, 1)
+        shapes |= {f"{layer}.attention.{name}.bias": (C,) for name in ("wq", "wo")}
+        shapes |= {f"{layer}.feed_forward.{name}.bias": (size,) for name, size in (("w1", FFN), ("w2", C), ("w3", FFN))}
+        shapes |= {f"{layer}.{name}.weight": (C,) for name in ("attention_norm", "ffn_norm")}
+    return filled(shapes)
+
+
+def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+
+def norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+
+
+def write(state: dict[str, Tensor], folder: Path, wrapped: bool) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state, "config": {"w_bias": True, "w_lora": False}} if wrapped else state, folder / "in.pth")
+    return folder / "in.pth"
+
+
+@pytest.fixture
+def llm(write_llm: Callable[..., Path]) -> Path:
+    return write_llm(num_hidden_layers=LAYERS, intermediate_size=FFN, num_key_value_heads=HEADS)
+
+
+@pytest.fixture
+def encoder(write_encoder: Callable[..., Path]) -> Path:
+    return write_encoder(projection_dim=PROJECTED)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_comes_back_bit_for_bit(llm: Path, encoder: Path, tmp_path: Path, version: int) -> None:
+    state = version_1() if version == 1 else version_2()
+    # Gates of layers without prompts mean nothing and are written as they start.
+    idle = "layers.0.attention.gate" if version == 1 else "llama.layers.0.attention.gate"
+    state[idle].zero_()
+    model, names = LlamaAdapter.from_original(write(state, tmp_path, version == 2), llm, encoder)
+    assert model.config.version == ("v1" if version == 1 else "v2_multimodal_7b")
+    assert set(names.values()) == state.keys() - {idle}
+    assert model.to_original(tmp_path / "out") == names
+    content = torch.load(tmp_path / "out" / FILE, weights_only=True)
+    if version == 2:
+        assert content["config"] == {"w_bias": True, "w_lora": False, "lora_rank": 16}
+        content = content["model"]
+    assert content.keys() == state.keys()
+    assert all(torch.equal(content[name], tensor) for name, tensor in state.items())
+
+
+def test_the_counts_of_the_published_files() -> None:
+    text = {"model_type": "llama"}  # whose defaults are the 7B's sizes
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "projection_dim": 768}
+    layout = layout_of(LlamaAdapterConfig(text, vision, "v1"))
+    assert len({*layout.names.values(), *layout.idle}) == 33
+    assert layout.idle == ["layers.0.attention.gate", "layers.1.attention.gate"]
+    layout = layout_of(LlamaAdapterConfig(text, vision, "v2_multimodal_7b"))
+    assert len({*layout.names.values(), *layout.idle}) == 363
+    assert layout.idle == ["llama.layers.0.attention.gate"] and len(layout.prompts) == 31
+    with pytest.raises(ValueError, match="no published layout of the version 'v2'"):
+        layout_of(LlamaAdapterConfig(text, vision, "v2"))
+
+
+def test_where_the_values_go(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    state = version_2()
+    model, _ = LlamaAdapter.from_original(write(state, tmp_path, True), llm, encoder)
+    found = model.trained_state()
+    layer = "language_model.model.layers.{}.self_attn"
+    table, gates = state["adapter_query.weight"], "llama.layers.{}.attention.gate"
+    for index in (1, 2):
+        assert torch.equal(found[layer.format(index) + ".prompts.prompt"], table[10 * (index - 1) : 10 * index])
+        assert torch.equal(found[layer.format(index) + ".prompts.gate"], state[gates.format(index)].flatten())
+    # Meta rotates channels 2i and 2i + 1 of a head together, transformers i and i + d / 2.
+    theirs = state["llama.layers.0.attention.wq.bias"].view(HEADS, C // HEADS)
+    ours = found[layer.format(0) + ".q_proj.adapter_bias"].view(HEADS, C // HEADS)
+    half = C // HEADS // 2
+    for channel in range(half):
+        assert torch.equal(ours[:, channel], theirs[:, 2 * channel])
+        assert torch.equal(ours[:, half + channel], theirs[:, 2 * channel + 1])
+    assert torch.equal(found[layer.format(0) + ".o_proj.adapter_bias"], state["llama.layers.0.attention.wo.bias"])
+
+
+def test_the_gates_activation_is_that_of_the_authors_inference(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    path = write(version_1(), tmp_path, False)
+    assert LlamaAdapter.from_original(path, llm, encoder)[0].config.gate_activation == "identity"
+    trained, _ = LlamaAdapter.from_original(path, llm, encoder, gate_activation="tanh")
+    assert trained.config.gate_activation == "tanh"
+    path = write(version_2(), tmp_path / "2", True)
+    assert LlamaAdapter.from_original(path, llm, encoder)[0].config.gate_activation == "tanh"
+
+
+def test_convert_and_export(llm: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(version_1(), tmp_path, False)
+    names = convert(str(path), str(tmp_path / "model"), str(llm), str(encoder), system="llama_adapter")
+    assert f"{len(names)} tensors" in capsys.readouterr().out
+    model = open_model(tmp_path / "model")
+    found = {name: p for name, p in model.named_parameters() if ".prompts." in name}
+    assert found.keys() == names.keys()
+    assert export(str(tmp_path / "model"), str(tmp_path / "out"), to="original") == 0.0
+    written, given = read_checkpoint(tmp_path / "out"), read_checkpoint(path)
+    assert all(torch.equal(written[name], given[name]) for name in set(names.values()))
+
+
+def test_safetensors_and_the_early_spelling(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    state = version_2()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file({name.replace("llama.", "llma."): tensor for name, tensor in state.items()}, folder / "a.safetensors")
+    model, _ = LlamaAdapter.from_original(folder, llm, encoder)
+    assert torch.equal(model.trained_state()["connector.query"], state["visual_query.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.1.attention.gate"), r"missing: layers\.1\.attention\.gate"),
+        (lambda s: s.update({"layers.3.attention.gate": torch.zeros(1, HEADS, 1, 1)}), r"unexpected: layers\.3\."),
+        (lambda s: s.update({"layers.1.attention.gate": torch.zeros(1)}), r"of another shape than \[1, 4, 1, 1\]"),
+        (lambda s: s.update({"adapter_query.weight": torch.zeros(20, 9)}), r"is \[20, 9\], not \[2 layers · 10, 48\]"),
+        (lambda s: s.update({"adapter_query.weight": torch.zeros(15, C)}), r"is \[15, 48\], not \[1 layers · 10, 48\]"),
+        (lambda s: s.pop("adapter_query.weight"), "are not LLaMA-Adapter's"),
+        (lambda s: s.update({"llama.layers.0.attention.lora_wq_l1.weight": torch.zeros(2)}), "has LoRA beside biases"),
+    ],
+)
+def test_what_does_not_fit_is_refused(llm: Path, encoder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    state = version_1()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        LlamaAdapter.from_original(write(state, tmp_path, False), llm, encoder)
+
+
+def test_version_2_of_another_size_is_refused(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    state = version_2()
+    state["llama.layers.0.feed_forward.w1.bias"] = torch.zeros(FFN + 1)
+    with pytest.raises(ValueError, match=r"1 of another shape: language_model\.model\.layers\.0\.mlp\.gate_proj"):
+        LlamaAdapter.from_original(write(state, tmp_path, True), llm, encoder)
+
+
+def test_files_that_hold_no_tensors_are_refused(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds 0 checkpoint files"):
+        LlamaAdapter.from_original(tmp_path, llm, encoder)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LlamaAdapter.from_original(tmp_path / "no.pth", llm, encoder)
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="does not hold tensors by name"):
+        LlamaAdapter.from_original(tmp_path / "a.pth", llm, encoder)
+
+
+def test_what_has_no_place_in_the_layout_is_refused(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    model = LlamaAdapter.from_parts(llm, encoder)
+    model.set_stage(model.stages()["instruct_images"])
+    with pytest.raises(ValueError, match=r"cannot hold this model: no place for: connector\.0\.bias"):
+        model.to_original(tmp_path)
+    with pytest.raises(ValueError, match="no published layout of the version 'v2'"):
+        LlamaAdapter.from_parts(llm, encoder, version="v2", visual_width=32).to_original(tmp_path)
