@@ -1,4 +1,4 @@
-"""Rewrites the table of measured ratios in README.md from the JSON files in benchmarks/results/cpu."""
+"""Rewrites the tables of measured ratios and of `mmfast compare` in README.md from benchmarks/results/cpu."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmfast.compare import markdown
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 # What stands in the README: the file, the provider and the beginning of the cases' names.
 SHOWN = (
     ("lora_linear", "auto", ("1024x", "128x", "64x2048", "16x2048", "1x2048")),
@@ -19,6 +20,7 @@ SHOWN = (
     ("rope", "auto", ("forward 1x2048 heads 32+8", "both 1x2048 heads 32+8", "forward 1x1 heads 32+8 bf")),
     ("mixture_adapter", "auto", ("1x2048x4096", "4x257x1024")),
     ("resampler_attention", "auto", ("both 1x2056", "both 8x257")),
+    ("gated_cross_attention", "auto", ("latest forward 1x1024", "latest both 1x1024", "all both 1x1024")),
     ("perceiver_resampler", "PerceiverResampler", ("both 1x2056", "both 8x257")),
     ("spatio_temporal_pool", "auto", ("forward 2x100", "both 2x100")),
     ("swiglu", "auto", ("forward 1024x", "both 1024x")),
@@ -52,20 +54,29 @@ def origin(name: str) -> str:
     return f"{environment['device']}{instructions}, torch {environment['torch']}, {environment['date']}"
 
 
-def main() -> None:
-    lines = [
-        BEGIN,
-        "| op and case | median (p20 to p80) | times as fast as eager | extra memory |",
-        "|---|---|---|---|",
-    ]
+def ratios() -> str:
+    """The table of ratios, and where each file was measured."""
+    lines = ["| op and case | median (p20 to p80) | times as fast as eager | extra memory |", "|---|---|---|---|"]
     for name, provider, beginnings in SHOWN:
         lines += rows(name, provider, beginnings)
     names = list(dict.fromkeys(name for name, *_ in SHOWN))
     origins = {where: [name for name in names if origin(name) == where] for where in map(origin, names)}
-    lines += ["", *(f"{', '.join(f'`{name}`' for name in of)}: {where}.  " for where, of in origins.items()), END]
+    lines += ["", *(f"{', '.join(f'`{name}`' for name in of)}: {where}.  " for where, of in origins.items())]
+    return "\n".join(lines)
+
+
+def replaced(text: str, mark: str, content: str) -> str:
+    """`text` with `content` between its comments `mark` and `/mark`."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content.rstrip()}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    compared = json.loads((ROOT / "benchmarks/results/cpu/compare.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    before, rest = readme.split(BEGIN)
-    (ROOT / "README.md").write_text(before + "\n".join(lines) + rest.split(END)[1])
+    readme = replaced(readme, "bench", ratios())
+    (ROOT / "README.md").write_text(replaced(readme, "compare", markdown(compared["systems"])))
 
 
 if __name__ == "__main__":

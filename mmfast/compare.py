@@ -13,7 +13,7 @@ from mmfast.files import write_atomically, write_json
 if TYPE_CHECKING:
     from mmfast.train import TrainConfig
 
-__all__ = ["ENTRIES", "Entry", "compare"]
+__all__ = ["ENTRIES", "Entry", "compare", "markdown"]
 
 IMAGES, CLIPS, TEXT = "world:questions-test", "world:clips-test", "world:text-test"
 _BATCH = 100
@@ -91,9 +91,9 @@ def compare(
         # After every system, so that nothing is lost when a later one is stopped.
         result = {"seed": seed, "budget": budget, "systems": rows}
         write_json(folder / "compare.json", result)
-        write_atomically(folder / "compare.md", _table(rows))
+        write_atomically(folder / "compare.md", markdown(rows))
     _draw(pyplot, rows, folder / "compare.png")
-    print(f"\n{_table(rows)}\nwritten to {folder}: compare.json, compare.md, compare.png")
+    print(f"\n{markdown(rows)}\nwritten to {folder}: compare.json, compare.md, compare.png")
     return result
 
 
@@ -190,8 +190,8 @@ def _measure(entry: Entry, config: TrainConfig, max_samples: int | None) -> dict
     }
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one table for each kind of data, a column for each kind of question."""
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of the "systems" of `compare`: one for each kind of data, a column for each kind of question."""
     return "\n".join(_table_of(data, [row for row in rows if row["data"] == data]) for data in _datasets(rows))
 
 

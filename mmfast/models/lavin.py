@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.adapt.mixture import EXPERT_WEIGHTS, add_mixtures, route_as_told, route_by_first_sample, route_by_token
 from mmfast.data import Processor, load_image
@@ -31,6 +31,7 @@ from mmfast.models.base import MultimodalModel, MultimodalOutput
 from mmfast.models.lavin_original import read_original, write_original
 from mmfast.models.parts import (
     absolute_name,
+    as_config,
     open_language_model,
     open_processor,
     resolve_language_model,
@@ -94,8 +95,8 @@ class LavinConfig(PreTrainedConfig):
         template: str = "lavin",
         **kwargs: Any,
     ) -> None:
-        self.text_config = _as_config(text_config, "llama")
-        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.vision_config = as_config(vision_config, "clip_vision_model")
         depth = self.vision_config.num_hidden_layers
         self.vision_blocks = equidistant(depth) if vision_blocks is None else list(vision_blocks)
         unknown = [block for block in self.vision_blocks if not isinstance(block, int) or not 1 <= block <= depth]
@@ -513,9 +514,3 @@ def _open_processor(llm: Path, encoder: Path, config: LavinConfig) -> Processor:
 
 def _with_routing(routing: dict[str, Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, **routing}
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return AutoConfig.for_model(**{"model_type": default, **(config or {})})

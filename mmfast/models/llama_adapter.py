@@ -30,6 +30,7 @@ from mmfast.models.llama_adapter_original import (
 )
 from mmfast.models.parts import (
     absolute_name,
+    as_config,
     open_language_model,
     open_processor,
     resolve_language_model,
@@ -175,8 +176,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
     ) -> None:
         if version not in FORMS:
             raise ValueError(f"LlamaAdapter: version is {version!r}; accepted are {', '.join(FORMS)}")
-        self.text_config = _as_config(text_config, "llama")
-        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.vision_config = as_config(vision_config, "clip_vision_model")
         form, depth = FORMS[version], self.text_config.num_hidden_layers
         self.version = version
         self.prompt_length = prompt_length
@@ -504,12 +505,6 @@ def _norms(language_model: nn.Module) -> list[nn.Module]:
 
 def _in_dtype_of_input(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(inputs[0].dtype)
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return AutoConfig.for_model(**{"model_type": default, **(config or {})})
 
 
 def _processor_class() -> type[Processor]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.connectors import build_connector
 from mmfast.data import Anyres, AnyresProcessor, Processor
@@ -23,6 +23,7 @@ from mmfast.models.base import MultimodalModel
 from mmfast.models.llava_transformers import is_llava_folder, read_llava, write_llava
 from mmfast.models.parts import (
     absolute_name,
+    as_config,
     open_language_model,
     open_processor,
     resolve_language_model,
@@ -84,8 +85,8 @@ class LlavaConfig(PreTrainedConfig):
         unpad_rounding: str = "transformers",
         **kwargs: Any,
     ) -> None:
-        self.text_config = _as_config(text_config, "llama")
-        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.vision_config = as_config(vision_config, "clip_vision_model")
         self.connector = connector
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -343,12 +344,6 @@ class Llava(MultimodalModel):
             model.image_newline = nn.Parameter(parts.image_newline)
         model.base_names = {"llm": absolute_name(folder), "encoder": absolute_name(folder)}
         return model.eval()
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return AutoConfig.for_model(**{"model_type": default, **(config or {})})
 
 
 def _width(language_model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.connectors import VisualQFormer, merge_patches, read_q_former
 from mmfast.connectors.q_former import MERGED_PATCHES
@@ -23,7 +23,13 @@ from mmfast.encoders import ClipEncoder, EvaEncoder, FrozenEncoder
 from mmfast.models.architectures import text_config_named, vision_config_named
 from mmfast.models.base import MultimodalModel
 from mmfast.models.minigpt4_original import read_original, write_original
-from mmfast.models.parts import absolute_name, open_language_model, open_processor, resolve_language_model
+from mmfast.models.parts import (
+    absolute_name,
+    as_config,
+    open_language_model,
+    open_processor,
+    resolve_language_model,
+)
 from mmfast.models.stages import LoraSpec, Stage
 from mmfast.models.trained import check_state
 
@@ -90,8 +96,8 @@ class MiniGPT4Config(PreTrainedConfig):
     ) -> None:
         if connector not in _TEMPLATES:
             raise ValueError(f"MiniGPT4: connector is {connector!r}; accepted are {', '.join(_TEMPLATES)}")
-        self.text_config = _as_config(text_config, "llama")
-        self.vision_config = _as_config(vision_config, "blip_2_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.vision_config = as_config(vision_config, "blip_2_vision_model")
         if image_size is not None:
             self.vision_config.image_size = image_size
         self.connector = connector
@@ -395,9 +401,3 @@ def _open_q_former(config: MiniGPT4Config, path: str | Path, dtype: torch.dtype)
         q_former.load_state_dict(state)
         q_former.to(dtype).requires_grad_(False)
     return q_former.eval()
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return AutoConfig.for_model(**{"model_type": default, **(config or {})})

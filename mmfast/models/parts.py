@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 # Several releases of transformers offer this class at their top only where torchvision is; it needs none.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -16,7 +16,14 @@ from mmfast.adapt import load_quantized
 if TYPE_CHECKING:
     from mmfast.data import Processor
 
-__all__ = ["absolute_name", "open_language_model", "open_processor", "resolve_language_model", "text_config_of"]
+__all__ = [
+    "absolute_name",
+    "as_config",
+    "open_language_model",
+    "open_processor",
+    "resolve_language_model",
+    "text_config_of",
+]
 
 
 def resolve_language_model(name: str | Path) -> Path:
@@ -41,6 +48,13 @@ def resolve_language_model(name: str | Path) -> Path:
 def absolute_name(name: str | Path) -> str:
     """How a base model is written down: "world" as it is, a folder by its absolute path."""
     return "world" if name == "world" else str(Path(name).expanduser().resolve())
+
+
+def as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
+    """A part's configuration, from its dict where it is one; `default` is the model type of a dict without."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    return AutoConfig.for_model(**{"model_type": default, **(config or {})})
 
 
 def text_config_of(folder: Path) -> Any:

@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.encoders import ClipEncoder
 from mmfast.models.base import MultimodalModel
-from mmfast.models.parts import absolute_name, open_language_model, open_processor, resolve_language_model
+from mmfast.models.parts import (
+    absolute_name,
+    as_config,
+    open_language_model,
+    open_processor,
+    resolve_language_model,
+)
 from mmfast.models.stages import Stage
 from mmfast.models.video_chatgpt_original import read_original, write_original
 from mmfast.nn import SpatioTemporalPool
@@ -57,8 +63,8 @@ class VideoChatGptConfig(PreTrainedConfig):
         image_token_id: int = 32003,
         **kwargs: Any,
     ) -> None:
-        self.text_config = _as_config(text_config, "llama")
-        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.text_config = as_config(text_config, "llama")
+        self.vision_config = as_config(vision_config, "clip_vision_model")
         self.num_frames = num_frames
         self.vision_feature_layer = vision_feature_layer
         self.chat_template = chat_template
@@ -311,9 +317,3 @@ def _fingerprint(encoder: ClipEncoder) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, default: str) -> Any:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return AutoConfig.for_model(**{"model_type": default, **(config or {})})
