@@ -55,7 +55,16 @@ def test_minigpt4_recipes_have_the_published_numbers(name: str) -> None:
 
 
 def test_recipes_are_the_named_ones() -> None:
-    tiny = ("lavin", "llama-adapter-v1", "llama-adapter-v2", "llava", "llava-hd", "minigpt4", "video-chatgpt")
+    tiny = (
+        "lavin",
+        "llama-adapter-v1",
+        "llama-adapter-v2",
+        "llava",
+        "llava-hd",
+        "minigpt-v2",
+        "minigpt4",
+        "video-chatgpt",
+    )
     worlds = [f"{name}-world" for name in tiny]
     published = [*PUBLISHED, *LLAMA_ADAPTER, *MINIGPT4, "lavin-7b", "lavin-13b"]
     assert recipe_names() == sorted([*published, *worlds])
