@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "file_sha256",
     "fsync_folder",
+    "load_pickled",
     "read_tensors",
     "replace_atomically",
     "write_atomically",
@@ -69,6 +70,31 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def load_pickled(path: Path, where: str, what: str = "tensors alone", classes: Sequence[type] = ()) -> Any:
+    """Loads a file of `torch.save` on the CPU; no code in it ever runs.
+
+    Args:
+        path: The file, which exists.
+        where: Begins the error.
+        what: What the file may hold, for the error.
+        classes: Classes whose objects it may hold beside tensors and plain values; they must only hold values.
+
+    Raises:
+        ValueError: If it holds anything else, or is no such file.
+    """
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on a file that is none of its own, torch.load raises nearly anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"{where}: {path} is not a file of {what} ({type(error).__name__}: {reason}); such a file, written by "
+            "torch.save, is accepted; other content could run code and is never loaded"
+        ) from error
+
+
 def read_tensors(path: Path, where: str, root: str | None = None) -> dict[str, Tensor]:
     """Reads tensors by name from safetensors or a file of `torch.save`, on the CPU; no code in it ever runs.
 
@@ -89,14 +115,7 @@ def read_tensors(path: Path, where: str, root: str | None = None) -> dict[str, T
         from safetensors.torch import load_file
 
         return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a file that is none of its own, torch.load raises nearly anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{where}: {path} is not a file of tensors alone ({type(error).__name__}: {reason}); such a file, "
-            "written by torch.save, is accepted; other content could run code and is never loaded"
-        ) from error
+    content = load_pickled(path, where)
     if root is not None:
         content = content.get(root) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):

@@ -20,6 +20,21 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t count, int64_t block = BLOCK) { return (count + block - 1) / block * block; }
 
+// Refuses an x that is not [B, H, rows, D] of `sizes`.
+template <typename Sizes>
+void expect_heads(const char* op, const Sizes& sizes, const char* name, const TensorView& x, DType dtype,
+                  int64_t rows) {
+  check(x.dtype == dtype && x.dim() == 4 && x.size(0) == sizes.batch && x.size(1) == sizes.heads &&
+            x.size(2) == rows && x.size(3) == sizes.dim && (sizes.dim <= 1 || x.stride(3) == 1),
+        op, ": ", name, " is ", x, "; expected ", name_of(dtype), "[", sizes.batch, ", ", sizes.heads, ", ", rows, ", ",
+        sizes.dim, "] with stride 1 in the last dimension");
+}
+template <typename Sizes>
+void expect_heads(const char* op, const Sizes& sizes, const char* name, const std::optional<TensorView>& x,
+                  DType dtype, int64_t rows) {
+  if (x) expect_heads(op, sizes, name, *x, dtype, rows);
+}
+
 // One head: rows of numbers, or those rows of it that `order` names.
 template <typename T>
 struct Rows {

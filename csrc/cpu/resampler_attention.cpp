@@ -38,14 +38,9 @@ struct Sizes {
     return static_cast<int>(std::clamp<int64_t>(std::min(work >> 18, tasks), 1, threads));
   }
 
-  void expect(const char* name, const TensorView& x, DType dtype, int64_t rows) const {
-    check(x.dtype == dtype && x.dim() == 4 && x.size(0) == batch && x.size(1) == heads && x.size(2) == rows &&
-              x.size(3) == dim && (dim <= 1 || x.stride(3) == 1),
-          OP, ": ", name, " is ", x, "; expected ", name_of(dtype), "[", batch, ", ", heads, ", ", rows, ", ", dim,
-          "] with stride 1 in the last dimension");
-  }
-  void expect(const char* name, const std::optional<TensorView>& x, DType dtype, int64_t rows) const {
-    if (x) expect(name, *x, dtype, rows);
+  template <typename View>
+  void expect(const char* name, const View& x, DType dtype, int64_t rows) const {
+    expect_heads(OP, *this, name, x, dtype, rows);
   }
 };
 

@@ -68,7 +68,7 @@ class Template:
         media_prefix: text before every medium, such as "<Img>".
         media_suffix: text after every medium.
         media_separator: what stands between a medium (with its suffix) and text that follows it.
-        media_first: all media of the conversation stand before all of its text, wherever in it they are.
+        media_before_turns: all media of the conversation stand before its first turn, wherever in it they are.
         no_media: what a conversation without media begins with.
         keep_question: False drops the text of the question (and the system text) and keeps the media; there is
             one question then.
@@ -95,7 +95,7 @@ class Template:
     media_prefix: str = ""
     media_suffix: str = ""
     media_separator: str = "\n"
-    media_first: bool = False
+    media_before_turns: bool = False
     no_media: str = ""
     keep_question: bool = True
     answer_apart: bool = False
@@ -165,7 +165,7 @@ class Template:
         media = [part for message in messages for part in content_parts(message) if part["type"] != "text"]
         if not media:
             return [Piece(self.no_media, supervised=False)]
-        return [piece for part in media for piece in self._medium(part)] if self.media_first else []
+        return [piece for part in media for piece in self._medium(part)] if self.media_before_turns else []
 
     def _medium(self, part: MediaPart) -> list[AnyPiece]:
         before, after = Piece(self.media_prefix, supervised=False), Piece(self.media_suffix, supervised=False)
@@ -173,7 +173,7 @@ class Template:
 
     def _question(self, message: Message) -> list[AnyPiece]:
         parts = sorted(content_parts(message), key=_is_input)
-        if self.media_first:
+        if self.media_before_turns:
             parts = [part for part in parts if part["type"] == "text"]
         pieces: list[AnyPiece] = []
         after_media = False
@@ -294,7 +294,7 @@ def _lavin(name: str, user_prefix: str) -> Template:
         user_suffix="\nResponse:",
         answer_prefix="",
         media_prefix="Image: ",
-        media_first=True,
+        media_before_turns=True,
         no_media="Image: N/A ",
     )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mmfast.models.architectures import text_config_named, vision_config_named
-from mmfast.models.parts import resolve_language_model, text_config_of
+from mmfast.models.parts import absolute_name, resolve_language_model, text_config_of
 from mmfast.models.stages import LoraSpec, Stage, StagedModel
 from mmfast.models.trained import find_trained, read_description, read_shapes, read_state
 from mmfast.ops import linear_cross_entropy
@@ -72,6 +72,8 @@ class MultimodalModel(StagedModel, PreTrainedModel):
     """Names of the pretrained parts, which are arguments of `from_parts`."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Attributes of the configuration that are arguments of `from_parts` too; with `bases` they say it all."""
+    original_options: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of `from_original`: what a published checkpoint does not tell."""
     media_inputs: tuple[str, ...] = ("pixel_values",)
     """Arguments of `forward`, `embed` and `generate` that hold media."""
 
@@ -108,6 +110,10 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         Takes `dtype` and, by their names, what `settings` and further `bases` list.
         """
         raise NotImplementedError(f"{cls.__name__} does not say how it is built")
+
+    def name_bases(self, **names: str | Path) -> None:
+        """Writes down where the `bases` are, for `describe`; "" is one that the model does without."""
+        self.base_names = {base: absolute_name(name) if name else "" for base, name in names.items()}
 
     @classmethod
     def skeleton(cls, llm: str | Path, encoder: str | Path, **settings: Any) -> Self:

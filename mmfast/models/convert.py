@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
 
-from mmfast.connectors import build_connector
-from mmfast.encoders import ClipEncoder
 from mmfast.models import get_system
-from mmfast.models.llava import Llava, LlavaConfig
-from mmfast.models.llava_original import connector_kind, read_projector, write_projector
-from mmfast.models.parts import absolute_name, open_processor, resolve_language_model, text_config_of
-from mmfast.models.trained import check_projector_widths, find_trained
+from mmfast.models.llava import Llava
+from mmfast.models.llava_original import write_projector
+from mmfast.models.trained import find_trained
 
 __all__ = ["convert", "to_original"]
 
@@ -26,8 +22,8 @@ def convert(
     encoder: str,
     system: str = "llava",
     template: str | None = None,
-    vision_feature_layer: int = -2,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
+    vision_feature_layer: int | None = None,
+    vision_feature_select_strategy: Literal["default", "full"] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     q_former: str | None = None,
     overwrite: bool = False,
@@ -46,8 +42,10 @@ def convert(
         system: Which system's checkpoint it is.
         template: Conversation template to chat with. None: the system's own; for llava plain, for a projector alone
             is the result of its first stage.
-        vision_feature_layer: For llava: hidden states of the encoder that are its features (mm_vision_select_layer).
-        vision_feature_select_strategy: For llava: default drops the class token (patch), full keeps it (cls_patch).
+        vision_feature_layer: For llava: hidden states of the encoder that are its features (mm_vision_select_layer);
+            None: -2.
+        vision_feature_select_strategy: For llava: default drops the class token (patch), full keeps it (cls_patch);
+            None: default.
         dtype: Dtype in which the language model and the encoder are opened.
         q_former: For minigpt4: the pretrained Q-Former that it was trained on, a file in LAVIS's layout or a folder of
             transformers' BLIP-2.
@@ -59,49 +57,27 @@ def convert(
     Raises:
         FileNotFoundError: If a file or folder does not exist.
         FileExistsError: If the folder holds a model already.
-        ValueError: If there is no such system, the file is not its checkpoint, or sizes are not those of the models.
+        ValueError: If there is no such system, it has no such option, the file is not its checkpoint, or sizes are
+            not those of the models.
     """
     model_class = get_system(system)
     if find_trained(Path(out)) is not None and not overwrite:
         raise FileExistsError(f"convert: {out} holds a model already; choose another folder or set overwrite")
-    if system != "llava":
-        others = {} if q_former is None else {"q_former": q_former}
-        model, names = model_class.from_original(source, llm, encoder, template=template, dtype=dtype, **others)
-        model.save_trained(out)
-        _report(system, model.trained_state(), names, out)
-        return names
-    template = template or "plain"
-    state, keys = read_projector(Path(source).expanduser())
-    kind = connector_kind(state)
-    llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-    text = text_config_of(llm_folder)
-    vision = AutoConfig.from_pretrained(encoder_folder)
-    vision = getattr(vision, "vision_config", vision)
-    shapes = {f"connector.{key}": tuple(tensor.shape) for key, tensor in state.items()}
-    check_projector_widths("convert", shapes, vision.hidden_size, text.hidden_size)
-    connector = build_connector(kind, vision.hidden_size, text.hidden_size)
-    connector.load_state_dict(state)
-    base_dtype: torch.dtype = getattr(torch, dtype)
-    # The frozen parts only say what they are; the meta device gives them no memory.
-    with torch.device("meta"):
-        tower = ClipEncoder.from_config(vision, vision_feature_layer, vision_feature_select_strategy)
-        language_model = AutoModelForCausalLM.from_config(text, dtype=base_dtype)
-    processor = open_processor(llm_folder, encoder_folder, template, tower.num_patches)
-    config = LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        connector=kind,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        image_token_id=processor.image_token_id,
-        template=template,
-    )
-    model = Llava(config, tower, connector, language_model, processor)
-    model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+    given = {
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+        "q_former": q_former,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    unknown = [name for name in options if name not in model_class.original_options]
+    if unknown:
+        raise ValueError(
+            f"convert: {', '.join(unknown)} is set, but the system {system} has "
+            f"{' and '.join(model_class.original_options) or 'no such option'}; leave it out"
+        )
+    model, names = model_class.from_original(source, llm, encoder, template=template, dtype=dtype, **options)
     model.save_trained(out)
-    state = {f"connector.{key}": tensor for key, tensor in state.items()}
-    names = {f"connector.{key}": name for key, name in keys.items()}
-    _report(kind, state, names, out)
+    _report(model.config.connector if isinstance(model, Llava) else system, model.trained_state(), names, out)
     return names
 
 
@@ -123,7 +99,7 @@ def to_original(model: Llava, path: str | Path) -> dict[str, str]:
     return write_projector(model, Path(path).expanduser())
 
 
-def _report(what: str, state: dict[str, torch.Tensor], names: dict[str, str], out: str) -> None:
+def _report(what: str, state: dict[str, Tensor], names: dict[str, str], out: str) -> None:
     width = max(len(name) for name in names.values())
     print(f"{what}: {len(names)} tensors")
     for key, name in names.items():

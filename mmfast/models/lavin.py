@@ -30,7 +30,6 @@ from mmfast.models.architectures import vision_config_named
 from mmfast.models.base import MultimodalModel, MultimodalOutput
 from mmfast.models.lavin_original import read_original, write_original
 from mmfast.models.parts import (
-    absolute_name,
     as_config,
     open_language_model,
     open_processor,
@@ -259,7 +258,7 @@ class Lavin(MultimodalModel):
         config.image_token_id = processor.image_token_id
         vision = ClipEncoder.from_pretrained(encoder_folder, max(config.vision_blocks), select="full", dtype=dtype)
         model = cls(config, vision, open_language_model(llm_folder, dtype), processor)
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         return model
 
     @classmethod
@@ -286,7 +285,7 @@ class Lavin(MultimodalModel):
         cast(Any, model.language_model).to(getattr(torch, dtype))
         model.config.template = template or model.config.template
         model.processor = _open_processor(llm_folder, encoder_folder, cast(LavinConfig, model.config))
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         return model, names
 
     def to_original(self, folder: str | Path) -> dict[str, str]:

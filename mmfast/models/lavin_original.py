@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmfast.files import replace_atomically
+from mmfast.files import load_pickled, replace_atomically
 from mmfast.nn import MixtureAdapter
 
 if TYPE_CHECKING:
@@ -143,16 +143,8 @@ def _find(path: Path) -> Path:
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors under the names without "module.", and the arguments of the training."""
-    try:
-        # Its arguments are a Namespace, which holds values and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on a file that is none of its own, torch.load raises nearly anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"read_original: {path} is not a file of tensors and plain values ({type(error).__name__}: {reason}); such "
-            "a file, written by torch.save, is accepted; other content could run code and is never loaded"
-        ) from error
+    # Its arguments are a Namespace, which holds values and runs nothing.
+    content = load_pickled(path, "read_original", "tensors and plain values", [argparse.Namespace])
     tensors = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"read_original: {path} does not hold tensors by name under 'model'; LaVIN's file is accepted")

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.adapt import add_bias_scale, add_prompts, given_prompts
 from mmfast.connectors import GlobalPrompt, VisualQueries
 from mmfast.encoders import ClipEncoder, ClipScales, ClipTokens, ProjectedClipTokens
+from mmfast.models.architectures import vision_config_named
 from mmfast.models.base import MultimodalModel, MultimodalOutput
 from mmfast.models.llama_adapter_original import (
     TABLE,
@@ -29,7 +30,6 @@ from mmfast.models.llama_adapter_original import (
     write_original,
 )
 from mmfast.models.parts import (
-    absolute_name,
     as_config,
     open_language_model,
     open_processor,
@@ -304,16 +304,15 @@ class LlamaAdapter(MultimodalModel):
                 f"{', '.join(cls.settings)}"
             )
         llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-        vision = AutoConfig.from_pretrained(encoder_folder)
         language_model = open_language_model(llm_folder, dtype)
-        config = LlamaAdapterConfig(language_model.config, getattr(vision, "vision_config", vision), **settings)
+        config = LlamaAdapterConfig(language_model.config, vision_config_named(encoder_folder), **settings)
         form = FORMS[config.version]
         tower = form.encoder.from_pretrained(encoder_folder, *_encoder_options(config), dtype=dtype)
         kind: Any = _processor_class()
         processor = open_processor(llm_folder, encoder_folder, config.template, 1, kind)
         config.image_token_id = processor.image_token_id
         model = cls(config, tower, None, language_model, processor)
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         return model
 
     @classmethod
@@ -343,7 +342,6 @@ class LlamaAdapter(MultimodalModel):
         state = read_checkpoint(Path(source).expanduser())
         version = version_of(state)
         llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-        vision = AutoConfig.from_pretrained(encoder_folder)
         activation = gate_activation or ("identity" if version == "v1" else "tanh")
         settings: dict[str, Any] = {"prompt_length": prompt_length, "gate_activation": activation}
         if version != "v1":
@@ -351,7 +349,7 @@ class LlamaAdapter(MultimodalModel):
         text = text_config_of(llm_folder)
         config = LlamaAdapterConfig(
             text,
-            getattr(vision, "vision_config", vision),
+            vision_config_named(encoder_folder),
             version,
             prompt_layers=min(len(state[TABLE]) // prompt_length, text.num_hidden_layers),
             template=template or "alpaca",
@@ -363,7 +361,7 @@ class LlamaAdapter(MultimodalModel):
             model = cls(config, None, None, language_model)
         model.processor = open_processor(llm_folder, encoder_folder, config.template, 1, _processor_class())
         config.image_token_id = model.processor.image_token_id
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         model.trained_parts = {"prompts", "gates"} if version == "v1" else set(_V2_7B_PARTS)
         check_state("LlamaAdapter.from_original", model.trained_state(), found)
         model.load_state_dict(found, strict=False, assign=True)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmfast.adapt.bias_scale_checkpoint import from_interleaved, to_interleaved
-from mmfast.files import replace_atomically
+from mmfast.files import load_pickled, replace_atomically
+from mmfast.models.trained import some_of
 
 __all__ = [
     "FILE",
@@ -31,7 +32,6 @@ __all__ = [
 
 FILE = "adapter.pth"
 TABLE = "adapter_query.weight"
-_SHOWN = 8
 
 _CONNECTOR = {
     "visual_query.weight": "query",
@@ -131,10 +131,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         path = files[0]
     if not path.is_file():
         raise FileNotFoundError(f"{where}: {path} does not exist; a .pth file of LLaMA-Adapter is accepted")
-    if path.suffix == ".safetensors":
-        content: Any = load_file(path)
-    else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content: Any = load_file(path) if path.suffix == ".safetensors" else load_pickled(path, where)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -160,7 +157,7 @@ def version_of(state: Mapping[str, Tensor]) -> str:
     if TABLE in state:
         return "v1"
     raise ValueError(
-        f"llama_adapter: the tensors {_some(sorted(state))} are not LLaMA-Adapter's; files with {TABLE} and gates "
+        f"llama_adapter: the tensors {some_of(sorted(state))} are not LLaMA-Adapter's; files with {TABLE} and gates "
         "(version 1), and the multimodal 7B's of version 2, are accepted"
     )
 
@@ -191,8 +188,8 @@ def read_original(state: Mapping[str, Tensor], config: Any) -> tuple[dict[str, T
     """
     layout, text = layout_of(config), config.text_config
     wanted = {*layout.names.values(), *layout.idle}
-    problems = [f"missing: {_some(missing)}"] if (missing := sorted(wanted - state.keys())) else []
-    problems += [f"unexpected: {_some(extra)}"] if (extra := sorted(state.keys() - wanted)) else []
+    problems = [f"missing: {some_of(missing)}"] if (missing := sorted(wanted - state.keys())) else []
+    problems += [f"unexpected: {some_of(extra)}"] if (extra := sorted(state.keys() - wanted)) else []
     table, rows = state.get(TABLE), len(layout.prompts) * config.prompt_length
     if table is not None and tuple(table.shape) != (rows, text.hidden_size):
         problems.append(
@@ -201,7 +198,7 @@ def read_original(state: Mapping[str, Tensor], config: Any) -> tuple[dict[str, T
         )
     gate = (1, layout.heads, 1, 1)
     wrong = [n for n in wanted & state.keys() if n.endswith(".gate") and tuple(state[n].shape) != gate]
-    problems += [f"of another shape than {list(gate)}: {_some(sorted(wrong))}"] if wrong else []
+    problems += [f"of another shape than {list(gate)}: {some_of(sorted(wrong))}"] if wrong else []
     if problems:
         raise ValueError(
             f"llama_adapter: the checkpoint does not fit a {config.version} of {text.num_hidden_layers} layers, "
@@ -235,7 +232,8 @@ def write_original(state: Mapping[str, Tensor], config: Any, folder: Path) -> di
     if missing or extra:
         raise ValueError(
             f"llama_adapter: the published layout of {config.version} cannot hold this model: "
-            f"{f'missing: {_some(missing)}; ' if missing else ''}{f'no place for: {_some(extra)}; ' if extra else ''}"
+            f"{f'missing: {some_of(missing)}; ' if missing else ''}"
+            f"{f'no place for: {some_of(extra)}; ' if extra else ''}"
             "exactly its tensors are accepted; train its stages, no others"
         )
     content = {gate: torch.zeros(1, layout.heads, 1, 1) for gate in layout.idle}
@@ -266,7 +264,3 @@ def _connector_names(depth: int) -> Iterator[tuple[str, str]]:
         for theirs, ours in _BLOCK.items():
             for end in ("weight", "bias"):
                 yield f"connector.blocks.{index}.{ours}.{end}", f"visual_blocks.{index}.{theirs}.{end}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

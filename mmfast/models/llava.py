@@ -20,9 +20,9 @@ from mmfast.data import Anyres, AnyresProcessor, Processor
 from mmfast.encoders import ClipEncoder
 from mmfast.models.architectures import vision_config_named
 from mmfast.models.base import MultimodalModel
+from mmfast.models.llava_original import connector_kind, read_projector
 from mmfast.models.llava_transformers import is_llava_folder, read_llava, write_llava
 from mmfast.models.parts import (
-    absolute_name,
     as_config,
     open_language_model,
     open_processor,
@@ -30,7 +30,7 @@ from mmfast.models.parts import (
     text_config_of,
 )
 from mmfast.models.stages import LoraSpec, Stage
-from mmfast.models.trained import find_trained
+from mmfast.models.trained import check_state, find_trained
 
 __all__ = ["Llava", "LlavaConfig"]
 
@@ -114,6 +114,7 @@ class Llava(MultimodalModel):
 
     config_class = LlavaConfig
     system = "llava"
+    original_options = ("vision_feature_layer", "vision_feature_select_strategy")
     settings = (
         "connector",
         "vision_feature_layer",
@@ -213,7 +214,7 @@ class Llava(MultimodalModel):
         config.text_config, config.vision_config = language_model.config, vision.config
         config.image_token_id = processor.image_token_id
         model = cls(config, vision, bridge, language_model, processor)
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         return model
 
     @classmethod
@@ -300,6 +301,50 @@ class Llava(MultimodalModel):
         # Not by indexing: the gradient of an embedding is summed in the same order every time.
         return nn.functional.embedding(self.anyres.feature_index(sizes).to(features.device), features)
 
+    @classmethod
+    def from_original(
+        cls,
+        source: str | Path,
+        llm: str | Path,
+        encoder: str | Path,
+        *,
+        template: str | None = None,
+        dtype: str = "float32",
+        vision_feature_layer: int = -2,
+        vision_feature_select_strategy: str = "default",
+    ) -> tuple[Llava, dict[str, str]]:
+        """As `MultimodalModel.from_original`: the projector of a `mm_projector.bin`.
+
+        Args:
+            source: The file, or the folder that holds it. LoRA adapters beside it are not read.
+            llm: As there, as the next.
+            encoder: As there.
+            template: None: "plain", for a projector alone is the result of the first stage.
+            dtype: As there.
+            vision_feature_layer: Hidden states of the encoder that are its features (mm_vision_select_layer).
+            vision_feature_select_strategy: "default" drops the class token (patch), "full" keeps it (cls_patch).
+        """
+        projector, keys = read_projector(Path(source).expanduser())
+        state = {f"connector.{key}": tensor for key, tensor in projector.items()}
+        llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
+        widths = vision_config_named(encoder_folder).hidden_size, text_config_of(llm_folder).hidden_size
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        cls.check_shapes(f"{cls.__name__}.from_original", shapes, *widths)
+        settings: dict[str, Any] = {
+            "connector": connector_kind(projector),
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "template": template or "plain",
+        }
+        model = cls.skeleton(llm_folder, encoder_folder, **settings)
+        model.language_model.to(getattr(torch, dtype))
+        processor = open_processor(llm_folder, encoder_folder, settings["template"], model.encoder.num_patches)
+        model.processor, model.config.image_token_id = processor, processor.image_token_id
+        model.name_bases(llm=llm, encoder=encoder)
+        check_state(f"{cls.__name__}.from_original", model.trained_state(), state)
+        model.load_state_dict(state, strict=False, assign=True)
+        return model, {f"connector.{key}": name for key, name in keys.items()}
+
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         """The parameters of a part by their full names; the newline belongs to the connector.
 
@@ -342,7 +387,7 @@ class Llava(MultimodalModel):
         _check_tiles("Llava.from_pretrained", processor, model.anyres)
         if parts.image_newline is not None:
             model.image_newline = nn.Parameter(parts.image_newline)
-        model.base_names = {"llm": absolute_name(folder), "encoder": absolute_name(folder)}
+        model.name_bases(llm=folder, encoder=folder)
         return model.eval()
 
 

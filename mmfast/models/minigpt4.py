@@ -24,7 +24,6 @@ from mmfast.models.architectures import text_config_named, vision_config_named
 from mmfast.models.base import MultimodalModel
 from mmfast.models.minigpt4_original import read_original, write_original
 from mmfast.models.parts import (
-    absolute_name,
     as_config,
     open_language_model,
     open_processor,
@@ -130,6 +129,7 @@ class MiniGPT4(MultimodalModel):
     config_class = MiniGPT4Config
     system = "minigpt4"
     bases = ("llm", "encoder", "q_former")
+    original_options = ("q_former",)
     settings = ("connector", "num_queries", "q_former_sizes", "image_size", "template")
     parts = ("encoder", "q_former", "connector", "language_model", "lora")
     frozen_parts = ("encoder", "language_model")
@@ -275,8 +275,7 @@ class MiniGPT4(MultimodalModel):
             processor.image_processor.size = {"height": size, "width": size}
         self.processor = processor
         self.config.image_token_id = processor.image_token_id
-        names = {"llm": llm, "encoder": encoder, "q_former": q_former}
-        self.base_names = {base: absolute_name(name) if name else "" for base, name in names.items()}
+        self.name_bases(llm=llm, encoder=encoder, q_former=q_former)
         if q_former:
             self.trained_parts.discard("q_former")
 

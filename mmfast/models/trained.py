@@ -20,6 +20,7 @@ __all__ = [
     "read_description",
     "read_shapes",
     "read_state",
+    "some_of",
     "write_trained",
 ]
 
@@ -109,7 +110,7 @@ def check_state(where: str, expected: Mapping[str, Tensor], state: Mapping[str, 
         if name in state and state[name].shape != tensor.shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    problems = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{len(names)} {kind}: {some_of(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
             f"{where}: the tensors do not fit this model; {'; '.join(problems)}; exactly the trained tensors of "
@@ -125,6 +126,7 @@ def _size(width: int) -> str:
     return f"{width} ({_SIZES[width]})" if width in _SIZES else str(width)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list for an error, and how many more there are."""
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from mmfast.encoders import ClipEncoder
 from mmfast.models.base import MultimodalModel
 from mmfast.models.parts import (
-    absolute_name,
     as_config,
     open_language_model,
     open_processor,
@@ -177,7 +176,7 @@ class VideoChatGpt(MultimodalModel):
             image_token_id=processor.image_token_id,
         )
         model = cls(config, vision, language_model, processor)
-        model.base_names = {"llm": absolute_name(llm), "encoder": absolute_name(encoder)}
+        model.name_bases(llm=llm, encoder=encoder)
         return model
 
     @classmethod

@@ -223,3 +223,12 @@ def test_a_connector_without_weights_is_refused(tiny_llm: Path, tiny_clip: Path,
     model.connector = torch.nn.Identity()
     with pytest.raises(ValueError, match="has no weights"):
         to_original(model, tmp_path / "p.bin")
+
+
+def test_options_of_another_system_are_refused(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    file, out, bases = str(tmp_path / "p.bin"), str(tmp_path / "out"), (str(tiny_llm), str(tiny_clip))
+    with pytest.raises(ValueError, match="q_former is set, but the system llava has vision_feature_layer and"):
+        convert(file, out, *bases, q_former="blip2.pth")
+    with pytest.raises(ValueError, match="vision_feature_layer is set, but the system lavin has no such option"):
+        convert(file, out, *bases, system="lavin", vision_feature_layer=-1)
+    assert not (tmp_path / "out").exists()

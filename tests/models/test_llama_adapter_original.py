@@ -187,6 +187,11 @@ def test_version_2_of_another_size_is_refused(llm: Path, encoder: Path, tmp_path
 
 
 def test_files_that_hold_no_tensors_are_refused(llm: Path, encoder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="is not a file of tensors alone"):
+        read_checkpoint(broken)
+    broken.unlink()
     with pytest.raises(FileNotFoundError, match="holds 0 checkpoint files"):
         LlamaAdapter.from_original(tmp_path, llm, encoder)
     with pytest.raises(FileNotFoundError, match="does not exist"):
