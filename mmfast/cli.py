@@ -22,7 +22,7 @@ class Command:
 COMMANDS = {
     "demo": Command("train, evaluate and question a small LLaVA on the embedded world", "mmfast.demo:run_demo"),
     "train": Command("train a system from a recipe or a config file, or resume a run", "mmfast.train:train"),
-    "estimate": Command("count what a recipe trains, per stage and part", "mmfast.train.estimate:estimate"),
+    "estimate": Command("count what a recipe trains, and plan its memory", "mmfast.train.estimate:estimate"),
     "compare": Command("train every system on the embedded world and print one table", "mmfast.compare:compare"),
     "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
     "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),

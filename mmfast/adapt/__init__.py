@@ -10,6 +10,7 @@ from mmfast.adapt.prompt_checkpoint import load_prompts
 from mmfast.adapt.prompts import add_prompts, given_prompts
 from mmfast.adapt.quantize import QuantizeReport, dequantize, quantize
 from mmfast.adapt.quantized_checkpoint import load_quantized, quantize_checkpoint
+from mmfast.adapt.recompute import recompute
 
 __all__ = [
     "AdapterReport",
@@ -33,6 +34,7 @@ __all__ = [
     "optimize",
     "quantize",
     "quantize_checkpoint",
+    "recompute",
     "remove",
     "restore",
     "save_adapter",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,9 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample
+
+# As many as the largest micro-batch that is likely.
+_HEAVIEST = 256
 
 
 class EncodedDataset(Dataset[Encoded]):
@@ -67,6 +72,8 @@ class SupervisionReport:
     tokens: int
     supervised_tokens: int
     longest: int
+    heaviest: tuple[int, ...]
+    """Indices of the longest samples, the longest first: what a training step is tried with."""
 
 
 def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> SupervisionReport:
@@ -85,12 +92,12 @@ def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> Supe
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count < 1:
         raise ValueError(f"check_supervision: {len(dataset)} samples, limit is {limit}; expected at least one sample")
-    tokens = supervised = longest = 0
+    supervised = 0
+    lengths = array("l")
     unsupervised: list[str] = []
     for index in tqdm(range(count), desc="checking samples", unit="sample", disable=count <= 2000):
         encoded = dataset.processor.encode(dataset.samples[index], media_folder=dataset.media_folder, load_media=False)
-        tokens += len(encoded.input_ids)
-        longest = max(longest, len(encoded.input_ids))
+        lengths.append(len(encoded.input_ids))
         supervised += encoded.supervised_tokens
         if encoded.supervised_tokens == 0:
             unsupervised.append(encoded.id)
@@ -101,7 +108,8 @@ def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> Supe
             f"check_supervision: {len(unsupervised)} of {count} samples ({names}{more}): each "
             + _reason(dataset.processor)
         )
-    return SupervisionReport(count, tokens, supervised, longest)
+    heaviest = tuple(heapq.nlargest(_HEAVIEST, range(count), key=lengths.__getitem__))
+    return SupervisionReport(count, sum(lengths), supervised, lengths[heaviest[0]], heaviest)
 
 
 def _reason(processor: Processor) -> str:

@@ -306,6 +306,28 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         """Rows of `media_features` that every medium becomes; None where they differ."""
         return self.encoder.num_patches
 
+    def example_media(self, count: int) -> tuple[dict[str, Tensor], int]:
+        """Media inputs of `count` media, of the largest size that there is, and each one's image tokens in the text."""
+        side = self.encoder.image_size
+        return {"pixel_values": torch.zeros(count, 3, side, side)}, self.features_per_medium or 0
+
+    def example_inputs(self, batch_size: int, length: int) -> dict[str, Tensor]:
+        """A batch to plan with: one medium in each sample, then text, all of it supervised.
+
+        Raises:
+            ValueError: If a medium's tokens leave no room for text.
+        """
+        media, tokens = self.example_media(batch_size)
+        if length < tokens + 2:
+            raise ValueError(
+                f"{type(self).__name__}: a sample of {length} tokens has no room for a medium of {tokens} and text; "
+                f"{tokens + 2} or more are accepted; raise max_length"
+            )
+        ids = torch.zeros(batch_size, length, dtype=torch.int64)
+        ids[:, :tokens] = self.config.image_token_id
+        labels = ids.masked_fill(ids == self.config.image_token_id, IGNORE_INDEX)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **media}
+
     def embed(self, input_ids: Tensor, **media: Tensor | None) -> Tensor:
         """Embeds the text and puts the media's features, in batch order, where the image tokens are.
 

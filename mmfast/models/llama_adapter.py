@@ -391,6 +391,10 @@ class LlamaAdapter(MultimodalModel):
         whole = super().part_parameters("language_model")
         return {name: p for name, p in whole.items() if inside.get(p, "language_model") == part}
 
+    def example_media(self, count: int) -> tuple[dict[str, Tensor], int]:
+        """As in `MultimodalModel`; images have no place in the text."""
+        return {**super().example_media(count)[0], "media_rows": torch.arange(count)}, 0
+
     def media_features(self, pixel_values: Tensor, media_rows: Tensor | None = None) -> Tensor:
         """The prompts of all images, [n · P, C]; they never stand among the text's embeddings."""
         features = self.encoder(pixel_values)

@@ -275,6 +275,15 @@ class Llava(MultimodalModel):
         """Tokens of every image; None with high resolution, where they follow from its size."""
         return super().features_per_medium if self.anyres is None else None
 
+    def example_media(self, count: int) -> tuple[dict[str, Tensor], int]:
+        """As in `MultimodalModel`; with high resolution images that fill the canvas of the most tokens."""
+        if self.anyres is None:
+            return super().example_media(count)
+        size = max(self.anyres.pinpoints, key=self.anyres.num_tokens)
+        side, views = self.encoder.image_size, self.anyres.num_views(size)
+        pixels = torch.zeros(count * views, 3, side, side)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * count)}, self.anyres.num_tokens(size)
+
     def media_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Maps all images of a batch to their features [N, C], in order.
 

@@ -216,6 +216,12 @@ class VideoChatGpt(MultimodalModel):
         """Rows of a video: its start, the temporal and the spatial ones, its end."""
         return self.config.num_frames + self.encoder.num_patches + 2
 
+    def example_media(self, count: int) -> tuple[dict[str, Tensor], int]:
+        """As in `MultimodalModel`, with the frames of videos."""
+        frames = self.config.num_frames
+        media = super().example_media(count * frames)[0]
+        return {**media, "frame_counts": torch.full((count,), frames)}, self.features_per_medium
+
     def media_features(
         self,
         pixel_values: Tensor | None = None,

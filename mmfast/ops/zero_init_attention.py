@@ -406,12 +406,13 @@ class _AddPrompts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, prompt_key, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands each tensor out a single time
+        prompt_key = saved[1]
         _, need_query, need_key, *rest, _, _ = ctx.needs_input_grad
         # The weight of one prompt is 1, whatever query and key are.
         depends = prompt_key.shape[-2] > 1
         needs = (need_query and depends, need_key and depends, *rest)
-        found = iter(_BWD(grad, *ctx.saved_tensors, ctx.settings[0], *needs, ctx.settings[1]) if any(needs) else ())
+        found = iter(_BWD(grad, *saved, ctx.settings[0], *needs, ctx.settings[1]) if any(needs) else ())
         gradients = [next(found) if need else None for need in needs]
         if need_key and not depends:
             gradients[1] = torch.zeros_like(prompt_key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmfast.data import Processor
     from mmfast.data.processor import Encoded
 
-__all__ = ["MicroBatch", "supervised_tokens", "training_windows"]
+__all__ = ["MicroBatch", "make_micro_batches", "supervised_tokens", "training_windows"]
 
 IGNORE_INDEX = -100
 _TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
@@ -85,6 +85,13 @@ def training_windows(
     batches: Iterator[Any] = iter(loader)
     for window in windows:
         yield [batch for _ in window for batch in next(batches)]
+
+
+def make_micro_batches(
+    dataset: EncodedDataset | JoinedDataset, indices: Sequence[int], split_kinds: bool = False
+) -> list[MicroBatch]:
+    """These samples together, as `training_windows` would give them."""
+    return _Collate(dataset.processor, split_kinds)([dataset[index] for index in indices])
 
 
 @dataclass(frozen=True)

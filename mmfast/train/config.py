@@ -61,6 +61,8 @@ class StageConfig:
     """AdamW's decay rates of the two moments."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm. 0: never."""
+    recompute: str | None = None
+    """What each layer of the language model computes again in backward, in this stage. None: the run's `recompute`."""
     lora_rank: int | None = None
     """Rank of the LoRA update. None: the model's table. The same for alpha and dropout."""
     lora_alpha: float | None = None
@@ -94,6 +96,8 @@ class StageConfig:
         self.betas = (self.betas[0], self.betas[1])  # a list, when it comes from YAML
         for beta in self.betas:
             _check(_number(beta) and 0 <= beta < 1, "stages.betas", beta, "numbers in [0, 1)")
+        if self.recompute is not None:
+            _check_recompute("stages.recompute", self.recompute)
         if self.lora_rank is not None:
             _check_count("stages.lora_rank", self.lora_rank)
         if self.lora_alpha is not None:
@@ -141,8 +145,10 @@ class TrainConfig:
     """bfloat16 keeps frozen weights in bfloat16 and computes in it; what trains stays float32."""
     max_length: int = 2048
     """Longest sequence, in tokens, image tokens included. Longer text is cut at its end."""
-    gradient_checkpointing: bool = False
-    """Whether the language model's layers are recomputed in backward: less memory, about a third more time."""
+    recompute: str = "none"
+    """What the language model's layers compute again in backward instead of keeping it: none, product (the product in
+    the MLP), mlp (the MLP's wide matrices), full (the layer: least memory, about a third more time) or offload (full,
+    its inputs kept on the host); or runs of layers such as full*20,none*12."""
     stages: list[StageConfig] = field(default_factory=list)
     """The stages, in order."""
     num_workers: int = 0
@@ -162,6 +168,7 @@ class TrainConfig:
         _check(self.system in SYSTEMS, "system", self.system, " or ".join(SYSTEMS))
         _check(isinstance(self.options, dict), "options", self.options, "a mapping of settings by name")
         _check(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        _check_recompute("recompute", self.recompute)
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
         for name in ("max_length", "log_every", "save_every", "keep_checkpoints"):
             _check_count(name, getattr(self, name))
@@ -266,6 +273,15 @@ def _numbers(value: Any) -> Any:
 def _check(good: bool, name: str, value: object, accepted: str) -> None:
     if not good:
         raise ValueError(f"config: {name} is {value!r}; {accepted} is accepted")
+
+
+def _check_recompute(name: str, value: object) -> None:
+    from mmfast.adapt.recompute import policy_runs
+
+    try:
+        policy_runs(str(value))
+    except ValueError as error:
+        raise ValueError(f"config: {name}: {error}") from error
 
 
 def _check_count(name: str, value: object) -> None:

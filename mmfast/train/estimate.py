@@ -1,4 +1,4 @@
-"""`mmfast estimate`: what a recipe trains, counted on the meta device: no weights are read and nothing is trained."""
+"""`mmfast estimate`: what a recipe trains and what memory it takes: no weights are read and nothing is trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfast.train.config import TrainConfig, load_config, load_recipe
+from mmfast.train.config import TrainConfig, load_config, load_recipe, save_config
+from mmfast.train.plan import fit as find_fit
+from mmfast.train.plan import parse_bytes, plan_stage, plan_table
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
@@ -14,28 +16,64 @@ if TYPE_CHECKING:
 __all__ = ["count_parameters", "estimate"]
 
 
-def estimate(recipe: str, json: bool = False, llm: str | None = None, encoder: str | None = None) -> dict[str, Any]:
-    """Counts the parameters that a recipe trains, per stage and part.
+def estimate(
+    recipe: str,
+    json: bool = False,
+    llm: str | None = None,
+    encoder: str | None = None,
+    gpu: str | None = None,
+    fit: bool = False,
+    micro_batch_size: int | None = None,
+    length: int | None = None,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Counts the parameters that a recipe trains, per stage and part, and what memory it takes.
 
     Args:
         recipe: Name of a recipe, or a YAML file with a configuration.
-        json: Print JSON instead of a table.
+        json: Print JSON instead of tables.
         llm: Another language model: a local folder, world, or a name that is known here.
         encoder: Another encoder, likewise.
+        gpu: Memory to plan for, such as 24GB (of 10^9 bytes: a card of 24 GiB then keeps 7% for CUDA itself).
+        fit: Find the cheapest change with which every stage fits into that memory.
+        micro_batch_size: Samples of a forward pass, over that of the recipe.
+        length: Tokens of a sample. None: the most that the recipe allows.
+        out: With fit: a YAML file to write the changed configuration to, for mmfast train --config.
 
     Returns:
         `{"recipe", "system", "llm", "encoder", "trainable_parameters", "total_parameters", "stages": [{"name",
         "trainable_parameters", "parts": {part: {"trainable", "total"}}}]}`. The number at the top is of all that
-        trains in any stage.
+        trains in any stage. With `gpu` also `"memory": {"budget", "fits", "stages": [...]}`, in bytes.
 
     Raises:
-        ValueError: If there is no such recipe, or its settings or stages are not the system's.
+        ValueError: If there is no such recipe, its settings or stages are not the system's, `gpu` is no size, or
+            nothing fits.
         FileNotFoundError: If a pretrained part is neither a folder nor known.
     """
+    if gpu is None and (fit or out or micro_batch_size or length):
+        raise ValueError("estimate: fit, out, micro_batch_size and length are about memory; give its size: --gpu 24GB")
+    if out and not fit:
+        raise ValueError("estimate: out is for the configuration that fit finds; add --fit")
     config = load_config(recipe) if Path(recipe).suffix in (".yaml", ".yml") else load_recipe(recipe)
     config.llm, config.encoder = llm or config.llm, encoder or config.encoder
     result = {"recipe": recipe, **count_parameters(config)}
-    print(json_module.dumps(result, indent=2) if json else _table(result))
+    tables = [_table(result)]
+    if gpu is not None:
+        budget = parse_bytes(gpu)
+        if fit:
+            config, plans = find_fit(config, budget, micro_batch_size=micro_batch_size, length=length)
+        else:
+            plans = [
+                plan_stage(config, index, micro_batch_size=micro_batch_size, length=length)
+                for index in range(len(config.stages))
+            ]
+        fits = all(plan.total <= budget for plan in plans)
+        result["memory"] = {"budget": budget, "fits": fits, "stages": [plan.to_dict() for plan in plans]}
+        tables += [plan_table(plan, budget) for plan in plans]
+        if out:
+            save_config(config, Path(out))
+            tables.append(f"written to {out}; mmfast train --config {out} trains so")
+    print(json_module.dumps(result, indent=2) if json else "\n\n".join(tables))
     return result
 
 

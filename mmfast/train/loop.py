@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mmfast.evaluate.samples import open_samples
-from mmfast.train.batches import MicroBatch, training_windows
+from mmfast.train.advice import explained_out_of_memory
+from mmfast.train.batches import MicroBatch, make_micro_batches, training_windows
 from mmfast.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state, write_checkpoint
 from mmfast.train.config import StageConfig, TrainConfig
 from mmfast.train.log import Display, StepLog
@@ -20,7 +21,7 @@ from mmfast.train.memory import peak_memory_mb, reset_peak_memory
 from mmfast.train.rng import rng_state, seed_everything, set_rng_state
 from mmfast.train.run import Progress, RunFolder, StageResult, versions
 from mmfast.train.schedule import steps_in_stage, warmup_cosine, warmup_unshifted_cosine
-from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_processor, torch_dtype
+from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_processor, set_recompute, torch_dtype
 from mmfast.train.signals import StopRequest, TrainingInterrupted
 from mmfast.train.step import (
     WindowResult,
@@ -142,7 +143,8 @@ def train(
     ):
         run = _Run(config, folder, accelerator, model, progress, log, stop)
         for index in range(progress.stage, len(stages)):
-            _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
+            with explained_out_of_memory(config, index):
+                _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
             if after_stage:
                 after_stage(model.eval(), progress.finished[-1])
     if accelerator.is_main_process:
@@ -161,10 +163,11 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     seed_everything(seed)
     if checkpoint is None:
         enter_stage(model, stage, accelerator.device)
+    set_recompute(model, run.config, progress.stage)
     set_processor(model, stage, config, run.config.max_length)
     from mmfast.data import BatchPlan
 
-    dataset = _open_data(run, config)
+    dataset, longest = _open_data(run, config)
     plan = BatchPlan(len(dataset), config.batch_size, seed)
     total = steps_in_stage(len(dataset), config.batch_size, config.epochs, config.max_steps)
     if run.config.feature_cache:
@@ -173,6 +176,8 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
     accelerator.print(model.parameter_table())
+    micro_batch_size = config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes)
+    _try_longest(run, stage, dataset, longest[:micro_batch_size])
     seed_everything(seed + accelerator.process_index)
     if checkpoint is not None:
         load_optimizer_state(optimizer, names, checkpoint.optimizer)
@@ -181,7 +186,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         dataset,
         plan,
         range(progress.step, total),
-        config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes),
+        micro_batch_size,
         run.config.num_workers,
         accelerator.process_index,
         accelerator.num_processes,
@@ -191,18 +196,34 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped)
 
 
-def _open_data(run: _Run, config: StageConfig) -> JoinedDataset:
-    """The stage's samples, of one source or of several."""
+def _open_data(run: _Run, config: StageConfig) -> tuple[JoinedDataset, list[int]]:
+    """The stage's samples, of one source or of several, and the longest of them, as far as they were counted."""
     from mmfast.data import EncodedDataset, JoinedDataset, check_supervision
 
     data, datasets = config.data or run.config.data, []
+    heaviest: list[int] = []
     for name in [data] if isinstance(data, str) else cast(list[str], data):
         samples, media_folder = open_samples(name, config.media_folder or run.config.media_folder)
         datasets.append(EncodedDataset(samples, cast(Any, run.model.processor), media_folder))
         if isinstance(samples, list):
             # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
-            check_supervision(datasets[-1], limit=_CHECKED_AT_START)
-    return JoinedDataset(datasets)
+            start = sum(map(len, datasets[:-1]))
+            report = check_supervision(datasets[-1], limit=_CHECKED_AT_START)
+            heaviest = [*heaviest, *(start + index for index in report.heaviest)]
+    return JoinedDataset(datasets), heaviest
+
+
+def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[int]) -> None:
+    """Takes the longest samples through forward and backward, so that memory runs out now or not at all."""
+    if not indices:
+        return
+    run.model.train()
+    batches = make_micro_batches(dataset, indices, stage.routes is not None)
+    accumulate_gradients(run.model, batches, run.accelerator, torch_dtype(run.config), stage)
+    run.model.zero_grad(set_to_none=True)
+    tokens = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+    peak = peak_memory_mb(run.accelerator.device)
+    run.accelerator.print(f"train: the longest {len(indices)} samples ({tokens} tokens) fit; peak {peak:,.0f} MB")
 
 
 def _fill_feature_cache(run: _Run, dataset: JoinedDataset, plan: BatchPlan, steps: range) -> None:

@@ -1,4 +1,4 @@
-"""The peak of memory since the last reset: of the GPU if there is one, else of the process."""
+"""Memory: its peak since the last reset, of the GPU if there is one, else of the process; and whether it ran out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["peak_memory_mb", "reset_peak_memory"]
+__all__ = ["is_out_of_memory", "peak_memory_mb", "reset_peak_memory"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -37,3 +37,10 @@ def peak_memory_mb(device: torch.device) -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the GPU or of the machine, could not be had."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error) and "Allocator" in str(error)

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
-__all__ = ["build_model", "enter_stage", "resolve_stage", "set_processor", "system_options", "torch_dtype"]
+__all__ = [
+    "build_model",
+    "enter_stage",
+    "resolve_stage",
+    "set_processor",
+    "set_recompute",
+    "system_options",
+    "torch_dtype",
+]
 
 
 def torch_dtype(config: TrainConfig) -> torch.dtype:
@@ -40,8 +49,6 @@ def build_model(config: TrainConfig) -> MultimodalModel:
     model: MultimodalModel = system.from_parts(config.llm, config.encoder, dtype=torch_dtype(config), **options)
     if config.start_from:
         _start_from(model, config.start_from)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return model
 
 
@@ -92,6 +99,17 @@ def resolve_stage(model: MultimodalModel, config: StageConfig) -> Stage:
         )
     rates = {**stage.train, **config.lr}
     return dataclasses.replace(stage, template=config.template or stage.template, train=rates, lora=lora)
+
+
+def set_recompute(model: MultimodalModel, config: TrainConfig, index: int) -> None:
+    """Sets what each layer of the language model computes again in stage `index`.
+
+    Raises:
+        ValueError: If it is not for as many layers as there are, or the layers cannot.
+    """
+    policies = config.stages[index].recompute or config.recompute
+    count = len(decoder_layers(model.language_model))
+    recompute(model.language_model, parse_policies(policies, count))
 
 
 def enter_stage(model: MultimodalModel, stage: Stage, device: torch.device) -> None:

@@ -27,6 +27,8 @@ __all__ = [
     "check_gradients",
     "clip_gradients",
     "clip_groups",
+    "held_frozen",
+    "untrained",
 ]
 
 _NAMED = 6
@@ -105,13 +107,13 @@ def accumulate_gradients(
     *by_kind, tokens, media = _sum_over_processes(counts, accelerator)
     own, supervised = dict(zip(_OTHER, by_kind, strict=True)), sum(by_kind)
     routes = stage.routes if stage else None
-    others = {kind: [] if routes is None else _trained(model, routes[_OTHER[kind]]) for kind in _OTHER}
+    others = untrained(model, stage)
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
     for batch in window:
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
-        with _frozen(others[batch.kind]):
+        with held_frozen(others[batch.kind]):
             with autocast:
                 output = model(**inputs, loss_reduction="sum")
             part = output.loss / (supervised if routes is None else own[batch.kind])
@@ -125,6 +127,12 @@ def accumulate_gradients(
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
     kinds = frozenset(kind for kind, count in own.items() if count)
     return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds)
+
+
+def untrained(model: MultimodalModel, stage: Stage | None) -> dict[str, list[nn.Parameter]]:
+    """For each kind of micro-batch what the stage trains, but not with such samples."""
+    routes = stage.routes if stage else None
+    return {kind: [] if routes is None else _trained(model, routes[_OTHER[kind]]) for kind in _OTHER}
 
 
 def clip_groups(model: MultimodalModel, stage: Stage) -> list[list[nn.Parameter]]:
@@ -177,7 +185,7 @@ def _trained(model: MultimodalModel, parts: Sequence[str]) -> list[nn.Parameter]
 
 
 @contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def held_frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """None of them gets a gradient inside."""
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -57,7 +57,7 @@ def test_a_stopped_run_continues_bit_for_bit(make: Callable[..., TrainConfig], m
 
 
 def test_bfloat16_with_checkpointing(make: Callable[..., TrainConfig]) -> None:
-    result = train(make("run", dtype="bfloat16", gradient_checkpointing=True))
+    result = train(make("run", dtype="bfloat16", recompute="full"))
     model = result.model
     assert {p.dtype for p in model.part_parameters("language_model").values()} == {torch.bfloat16}
     assert {p.dtype for name in model.trained_parts for p in model.part_parameters(name).values()} == {torch.float32}

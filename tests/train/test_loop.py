@@ -238,7 +238,7 @@ def test_a_sample_without_supervised_tokens_is_named(make_config: MakeConfig, tm
 
 
 def test_bfloat16_keeps_what_trains_in_float32(make_config: MakeConfig) -> None:
-    result = train(make_config(dtype="bfloat16", gradient_checkpointing=True))
+    result = train(make_config(dtype="bfloat16", recompute="full"))
     model = result.model
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in model.trained_state().values()} == {torch.float32}
