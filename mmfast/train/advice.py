@@ -32,7 +32,7 @@ def explained_out_of_memory(config: TrainConfig, index: int) -> Iterator[None]:
 
 
 def _advice(config: TrainConfig, index: int, reason: str) -> str:
-    from mmfast.train.plan import knobs, plan_stage, plan_table
+    from mmfast.train.plan import as_bytes, knobs, plan_stage, plan_table
 
     head = f"train: out of memory in stage {config.stages[index].name} ({reason})"
     try:
@@ -42,9 +42,8 @@ def _advice(config: TrainConfig, index: int, reason: str) -> str:
     lines = [f"{head}; as planned for samples of the longest length allowed:", plan_table(plan)]
     lines.append("what would save memory, the cheapest first:")
     for name, other in found:
-        saved = (plan.total - other.total) / 1e9
-        more = other.work / plan.work - 1
-        lines.append(f"  {name:<36} {saved:6.2f} GB less, about {more:.0%} more work")
+        saved, more = as_bytes(plan.total - other.total), other.work / plan.work - 1
+        lines.append(f"  {name:<36} {saved:>8} less, about {more:.0%} more work")
     lines.append("  or a smaller max_length")
     lines.append("mmfast estimate RECIPE --gpu 24GB --fit finds what fits before anything is loaded")
     return "\n".join(lines)

@@ -145,6 +145,9 @@ class TrainConfig:
     """bfloat16 keeps frozen weights in bfloat16 and computes in it; what trains stays float32."""
     max_length: int = 2048
     """Longest sequence, in tokens, image tokens included. Longer text is cut at its end."""
+    optimize: bool = True
+    """Whether the language model's norms, MLPs and rotary embeddings are computed by mmfast's ops, as `mmfast.optimize`
+    does it. What is trained and saved is the same."""
     recompute: str = "none"
     """What the language model's layers compute again in backward instead of keeping it: none, product (the product in
     the MLP), mlp (the MLP's wide matrices), full (the layer: least memory, about a third more time) or offload (full,

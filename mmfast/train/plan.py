@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from mmfast.adapt.optimize import optimize
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
 from mmfast.train.setup import resolve_stage, system_options, torch_dtype
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
-__all__ = ["Plan", "PlanError", "fit", "knobs", "parse_bytes", "plan_stage", "plan_table"]
+__all__ = ["Plan", "PlanError", "as_bytes", "fit", "knobs", "parse_bytes", "plan_stage", "plan_table"]
 
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # What the work of a step is reckoned from, in forward passes of the language model: forward, and the gradients of its
 # inputs; what is computed again comes on top. A micro-batch of few tokens leaves a GPU idle: as much work is lost as
 # this many tokens are. A quantised base is dequantised in every pass.
 _PASSES, _LOST_TOKENS, _DEQUANTISE = 2.0, 256, {"int8": 0.03, "nf4": 0.05}
+# A knob that saves less than this is not named.
+_WORTHWHILE = 0.98
 # Plans that are tried before the next dtype of the base is: what the straight lines promised may be a little off.
 _TRIED = 12
 # State of the optimiser in bytes per trained number: two moments, in 32 bits or in 8 with a scale per block.
@@ -156,8 +159,8 @@ def fit(
             return _with_plans(config, plans), plans
     worst = max(nearest, key=lambda plan: plan.total)
     raise PlanError(
-        f"estimate: nothing fits into {_gb(budget)}: stage {worst.stage} takes {_gb(worst.total)} at the least, with "
-        f"micro_batch_size {worst.micro_batch_size}, recompute {worst.recompute}, base_dtype {worst.base_dtype}; a "
+        f"estimate: nothing fits into {as_bytes(budget)}: stage {worst.stage} takes {as_bytes(worst.total)} at the "
+        f"least, with micro_batch_size {worst.micro_batch_size}, recompute {worst.recompute}, base_dtype {worst.base_dtype}; a "
         "smaller max_length, a smaller language model or a larger memory is accepted"
     )
 
@@ -174,26 +177,28 @@ def knobs(config: TrainConfig, index: int) -> list[tuple[str, Plan]]:
     if _base_dtype(config) is None and "language_model" not in _trained_parts(config, stage):
         for kind in ("int8", "nf4"):
             found.append((f"base_dtype: {kind}", _StageOnPaper(config, index, kind).plan(size, policies)))
-    saving = [(name, plan) for name, plan in found if plan.total < now.total]
+    saving = [(name, plan) for name, plan in found if plan.total < _WORTHWHILE * now.total]
     return sorted(saving, key=lambda knob: (knob[1].work, knob[1].total))
 
 
 def plan_table(plan: Plan, budget: int | None = None) -> str:
     """The plan to be read, one line a part."""
     columns = ("weights", "gradients", "optimizer")
-    held = {name: [_gb(part[column]) for column in columns] for name, part in plan.parts.items() if part["weights"]}
+    held = {
+        name: [as_bytes(part[column]) for column in columns] for name, part in plan.parts.items() if part["weights"]
+    }
     width = max(map(len, held))
     lines = [
         f"memory of stage {plan.stage}: micro_batch_size {plan.micro_batch_size}, {plan.length} tokens a sample, "
         f"recompute {plan.recompute}, base_dtype {plan.base_dtype or 'as dtype'}",
         " " * (2 + width) + "".join(f"{column:>11}" for column in columns),
         *(f"  {name:<{width}}" + "".join(f"{value:>11}" for value in values) for name, values in held.items()),
-        f"  activations {_gb(plan.step.activations)}, workspace {_gb(plan.step.workspace)}",
+        f"  activations {as_bytes(plan.step.activations)}, workspace {as_bytes(plan.step.workspace)}",
     ]
     verdict = ""
     if budget is not None:
-        verdict = f" of {_gb(budget)}: " + ("it fits" if plan.total <= budget else "it does not fit")
-    return "\n".join([*lines, f"  peak {_gb(plan.total)}{verdict}"])
+        verdict = f" of {as_bytes(budget)}: " + ("it fits" if plan.total <= budget else "it does not fit")
+    return "\n".join([*lines, f"  peak {as_bytes(plan.total)}{verdict}"])
 
 
 @dataclass
@@ -265,6 +270,8 @@ class _StageOnPaper:
 
         system = get_system(self.config.system)
         model = system.skeleton(self.config.llm, self.config.encoder, **system_options(self.config, system))
+        if self.config.optimize:
+            optimize(model.language_model)
         if self.base_dtype in ("int8", "nf4"):
             _quantise_on_paper(model.get_decoder(), self.base_dtype)
         for config in self.config.stages[: self.index + 1]:
@@ -388,7 +395,8 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _gb(size: int) -> str:
+def as_bytes(size: int) -> str:
+    """A number of bytes to be read, in units of 10^9 or 10^6."""
     return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from mmfast.adapt.optimize import optimize
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
 
@@ -49,6 +50,8 @@ def build_model(config: TrainConfig) -> MultimodalModel:
     model: MultimodalModel = system.from_parts(config.llm, config.encoder, dtype=torch_dtype(config), **options)
     if config.start_from:
         _start_from(model, config.start_from)
+    if config.optimize:
+        optimize(model.language_model)
     return model
 
 

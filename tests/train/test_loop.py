@@ -83,12 +83,12 @@ def test_a_run_continues_from_any_step(
 
     def crash(log: StepLog, record: dict[str, Any]) -> None:
         if record["step"] > done:
-            raise MemoryError
+            raise BufferError
         write(log, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(StepLog, "write", crash)
-        with pytest.raises(MemoryError):
+        with pytest.raises(BufferError):
             train(config)
     assert len(lines(config.out)) == done
     torch.rand(7)
@@ -174,8 +174,9 @@ def test_a_nonfinite_step_is_skipped_whole(
     def poisoned(model: Llava, **inputs: Any) -> Any:
         output = forward(model, **inputs)
         calls.append(1)
-        # Steps have 3, 3, 3, 1 (the epoch's end), 3 and 3 micro-batches: this is the second one of the fifth step.
-        if len(calls) == 12:
+        # The longest samples come first. Steps have 3, 3, 3, 1 (the epoch's end), 3 and 3 micro-batches: this is the
+        # second one of the fifth step.
+        if len(calls) == 13:
             output.loss = output.loss * float("nan")
         return output
 
@@ -186,7 +187,7 @@ def test_a_nonfinite_step_is_skipped_whole(
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (stepped_after.append(len(calls)), step(self))[1])
     result = train(make_config(stages=stages))
     assert result.nonfinite_steps == 1
-    assert stepped_after == [3, 6, 9, 10, 16], "the optimiser steps after every window but the poisoned one"
+    assert stepped_after == [4, 7, 10, 11, 17], "the optimiser steps after every window but the poisoned one"
     log = lines(result.out)
     assert [line["skipped"] for line in log] == [False, False, False, False, True, False]
     assert log[4]["loss"] is None
