@@ -160,8 +160,8 @@ def fit(
     worst = max(nearest, key=lambda plan: plan.total)
     raise PlanError(
         f"estimate: nothing fits into {as_bytes(budget)}: stage {worst.stage} takes {as_bytes(worst.total)} at the "
-        f"least, with micro_batch_size {worst.micro_batch_size}, recompute {worst.recompute}, base_dtype {worst.base_dtype}; a "
-        "smaller max_length, a smaller language model or a larger memory is accepted"
+        f"least, with micro_batch_size {worst.micro_batch_size}, recompute {worst.recompute}, base_dtype "
+        f"{worst.base_dtype}; a smaller max_length, a smaller language model or a larger memory is accepted"
     )
 
 
