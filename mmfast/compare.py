@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ENTRIES", "Entry", "compare", "markdown"]
 
-IMAGES, CLIPS, TEXT = "world:questions-test", "world:clips-test", "world:text-test"
+IMAGES, WIDE, CLIPS, TEXT = "world:questions-test", "world:wide-test", "world:clips-test", "world:text-test"
+TEXT_ONLY = "text-only"
 _BATCH = 100
 
 
@@ -37,10 +39,12 @@ class Entry:
 ENTRIES: dict[str, Entry] = {
     "llava": Entry("llava-world"),
     "minigpt4": Entry("minigpt4-world"),
+    "minigpt-v2": Entry("minigpt-v2-world"),
     "lavin": Entry("lavin-world"),
     "video-chatgpt": Entry("video-chatgpt-world", CLIPS),
     "llama-adapter-v1": Entry("llama-adapter-v1-world"),
     "llama-adapter-v2": Entry("llama-adapter-v2-world"),
+    "llava-hd": Entry("llava-hd-world", WIDE),
     "fine-tune": Entry("llava-world", stages=("align", "instruct")),
 }
 """Each row by its name. `fine-tune` trains the whole language model: what the cheap methods are measured against."""
@@ -57,40 +61,46 @@ def compare(
     """Trains every system on the embedded world, measures all the same way and prints one table.
 
     The two bounds stand in the same table: `text-only`, the language model that is shown nothing, and `fine-tune`,
-    which trains the language model as a whole.
+    which trains the language model as a whole. Rows that the folder's compare.json has of other systems are kept, so a
+    system can be added to a comparison, or measured again.
 
     Args:
         out: Folder of the runs, of compare.json, compare.md and compare.png.
-        systems: Only these rows, by name and separated by commas. Empty: all.
+        systems: Train only these rows, by name and separated by commas. Empty: all.
         budget: The most optimiser steps of a system; a recipe with more is cut in proportion.
         seed: Seed of every run.
         max_samples: Only the first so many held-out questions of each kind of data. None: all.
-        overwrite: Whether runs that are already in the folder may be replaced.
+        overwrite: Whether runs and rows that are already in the folder may be replaced.
 
     Returns:
-        What compare.json holds: `{"seed", "budget", "systems": [{"name", "system", "recipe", "data", "steps",
-        "trainable_parameters", "seconds", "peak_memory_mb", "accuracy", "per_kind", "chance_accuracy",
+        What compare.json holds: `{"seed", "budget", "max_samples", "systems": [{"name", "system", "recipe", "data",
+        "steps", "trainable_parameters", "seconds", "peak_memory_mb", "accuracy", "per_kind", "chance_accuracy",
         "text_only_accuracy", "text_accuracy"}]}`. `text_only_accuracy` is that of the same questions without their
         images or clips, `text_accuracy` that of questions about written descriptions; a model that keeps what it
         knew of text has there what the row `text-only` has.
 
     Raises:
-        ValueError: If a name is none of the rows, or the budget is below the number of a recipe's stages.
-        FileExistsError: If the folder has runs and `overwrite` is not set.
+        ValueError: If a name is none of the rows, the budget is below the number of a recipe's stages, or rows that
+            would be kept were measured with another seed, budget or number of samples.
+        FileExistsError: If the folder has runs or rows of these systems and `overwrite` is not set.
         ImportError: If matplotlib is missing.
     """
     pyplot = _matplotlib()
     chosen = _chosen(systems)
     folder = Path(out)
     configs = {name: _config(ENTRIES[name], folder / name, budget, seed) for name in chosen}
-    _make_room(folder, chosen, overwrite)
-    rows = _text_only(list(dict.fromkeys(ENTRIES[name].data for name in chosen)), max_samples)
+    result: dict[str, Any] = {"seed": seed, "budget": budget, "max_samples": max_samples}
+    path = folder / "compare.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"systems": []}
+    rows = _kept(path, earlier, result, chosen)
+    _make_room(folder, earlier["systems"], chosen, overwrite)
+    rows = _in_order([*rows, *_text_only(list(dict.fromkeys(ENTRIES[name].data for name in chosen)), max_samples)])
     for name, config in configs.items():
         print(f"\n== {name}: {sum(cast(int, stage.max_steps) for stage in config.stages):,} steps of {config.system}")
-        rows.append({"name": name, **_measure(ENTRIES[name], config, max_samples)})
+        rows = _in_order([*rows, {"name": name, **_measure(ENTRIES[name], config, max_samples)}])
         # After every system, so that nothing is lost when a later one is stopped.
-        result = {"seed": seed, "budget": budget, "systems": rows}
-        write_json(folder / "compare.json", result)
+        result["systems"] = rows
+        write_json(path, result)
         write_atomically(folder / "compare.md", markdown(rows))
     _draw(pyplot, rows, folder / "compare.png")
     print(f"\n{markdown(rows)}\nwritten to {folder}: compare.json, compare.md, compare.png")
@@ -127,16 +137,39 @@ def _config(entry: Entry, out: Path, budget: int, seed: int) -> TrainConfig:
     return config
 
 
-def _make_room(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+def _kept(path: Path, earlier: dict[str, Any], settings: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier comparison that stay beside those of `names`."""
+    kept = [row for row in earlier["systems"] if row["name"] not in names]
+    found = {name: earlier.get(name) for name in settings}
+    if found == settings:
+        return kept
+    if any(row["name"] != TEXT_ONLY for row in kept):
+        raise ValueError(
+            f"compare: {path} has rows of {found}, but this comparison is of {settings}; rows of the same settings "
+            "stand in one table; choose these, or another --out"
+        )
+    return []
+
+
+def _in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bounds without training first, then as in `ENTRIES`; of rows with the same name and data, the last one."""
+    places = {name: place for place, name in enumerate([TEXT_ONLY, *ENTRIES])}
+    latest = {(row["name"], row["data"]): row for row in rows}
+    return sorted(latest.values(), key=lambda row: places.get(row["name"], len(places)))
+
+
+def _make_room(folder: Path, rows: Sequence[dict[str, Any]], names: Sequence[str], overwrite: bool) -> None:
+    """Removes the runs of `names`, of which there may be neither runs nor rows if not `overwrite`."""
     import shutil
 
-    taken = [name for name in names if (folder / name).exists()]
+    runs = [name for name in names if (folder / name).exists()]
+    taken = [name for name in names if name in runs or any(row["name"] == name for row in rows)]
     if taken and not overwrite:
         raise FileExistsError(
-            f"compare: {folder} holds runs already ({', '.join(taken)}); a new folder is accepted; choose another "
-            "--out, or set --overwrite"
+            f"compare: {folder} holds runs already ({', '.join(taken)}); other systems, or a new folder, are accepted; "
+            "choose another --out, or set --overwrite"
         )
-    for name in taken:
+    for name in runs:
         shutil.rmtree(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -151,7 +184,7 @@ def _text_only(datasets: Sequence[str], max_samples: int | None) -> list[dict[st
     asked = {data: evaluate(model, data, _BATCH, max_samples, with_images=False) for data in datasets}
     return [
         {
-            "name": "text-only",
+            "name": TEXT_ONLY,
             "system": None,
             "recipe": None,
             "data": data,

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import nn
 
-from mmfast.adapt.layers import check_holder, choose, named_layers, places, replace
+from mmfast.adapt.layers import check_holder, choose, named_layers, places, replace, takes_lora
 from mmfast.adapt.prompts import remove_prompts
-from mmfast.nn import AdaptedLinear, BiasScaleLinear, LoRALinear
+from mmfast.nn import AdaptedLinear, BiasLoRALinear, BiasScaleLinear, LoRALinear
 
 __all__ = ["add_bias_scale", "add_lora", "remove"]
 
@@ -27,7 +27,8 @@ def add_lora(
 
     The base parameters keep their names and their `requires_grad`; freezing them is the caller's choice. Either every
     layer is replaced or, when an error is raised, none. Layers that have no adapter yet can get another one later,
-    with another rank.
+    with another rank. Layers with a trained bias (`add_bias_scale` with the scale "none") keep it and become
+    `BiasLoRALinear`.
 
     Args:
         module: The module to change, in place.
@@ -42,15 +43,16 @@ def add_lora(
         The full names of the replaced layers, in the module's order.
 
     Raises:
-        ValueError: If a target names no layer, or one that has an adapter or hooks, or a weight tied to another
+        ValueError: If a target names no layer, or one that has another adapter or hooks, or a weight tied to another
             parameter (a merge would change both); or an option is out of range.
         TypeError: If a target names something other than a plain `nn.Linear` or a `QuantizedLinear`.
     """
 
     def adapted(layer: nn.Linear) -> LoRALinear:
-        return LoRALinear.from_linear(layer, rank, alpha, dropout, use_rslora=use_rslora)
+        kind = BiasLoRALinear if takes_lora(layer) else LoRALinear
+        return kind.from_linear(layer, rank, alpha, dropout, use_rslora=use_rslora)
 
-    return _add(choose("add_lora", module, targets), module, adapted)
+    return _add(choose("add_lora", module, targets, takes_lora), module, adapted)
 
 
 def add_bias_scale(

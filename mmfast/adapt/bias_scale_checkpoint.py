@@ -94,14 +94,19 @@ def bias_scale_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def from_interleaved(bias: Tensor, heads: int) -> Tensor:
-    """From Meta's order of a head's channels, whose rotary pairs are neighbours, to transformers', a half apart."""
-    return bias.view(heads, -1, 2).transpose(1, 2).flatten()
+def from_interleaved(rows: Tensor, heads: int) -> Tensor:
+    """From Meta's order of a head's channels, whose rotary pairs are neighbours, to transformers', a half apart.
+
+    Args:
+        rows: [heads · D] or [heads · D, …]: a bias, or what makes queries or keys.
+        heads: Heads that the rows are of.
+    """
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def to_interleaved(bias: Tensor, heads: int) -> Tensor:
+def to_interleaved(rows: Tensor, heads: int) -> Tensor:
     """The inverse of `from_interleaved`."""
-    return bias.view(heads, 2, -1).transpose(1, 2).flatten()
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _rotated_heads(decoder: Any, name: str) -> int:

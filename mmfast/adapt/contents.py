@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from mmfast.adapt.layers import adapter_parameters, join, named_layers, named_modules, places, replace, tied_names
 from mmfast.adapt.prompts import PROMPTS, Prompts, attach, build, decoder_of, has_prompts
-from mmfast.nn import AdaptedLinear, BiasScaleLinear, LoRALinear, ZeroInitAttention
+from mmfast.nn import AdaptedLinear, BiasLoRALinear, BiasScaleLinear, LoRALinear, ZeroInitAttention
 
 __all__ = ["Contents", "Lora", "collect", "put"]
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The options of one `LoRALinear`."""
+    """The options of one `LoRALinear`, or `BiasLoRALinear`."""
 
     rank: int
     alpha: float
     dropout: float = 0.0
     use_rslora: bool = False
+    adapter_bias: bool = False
+    """Whether it is a `BiasLoRALinear`."""
 
 
 @dataclass
@@ -61,13 +63,19 @@ def collect(model: nn.Module) -> Contents:
         elif isinstance(layer, LoRALinear):
             if layer.merged:
                 raise ValueError(f"save_adapter: {name} is merged; unmerged layers are accepted; call unmerge() first")
-            contents.lora[name] = Lora(layer.rank, layer.alpha, layer.dropout, layer.use_rslora)
+            biased = isinstance(layer, BiasLoRALinear)
+            contents.lora[name] = Lora(layer.rank, layer.alpha, layer.dropout, layer.use_rslora, biased)
     for name, attention in named_modules(model).items():
         if has_prompts(attention):
             prompts: ZeroInitAttention = attention._modules[PROMPTS]  # type: ignore[assignment]
             own |= {join(name, f"{PROMPTS}.{parameter}") for parameter in prompts._parameters}
             contents.prompts[name] = Prompts(
-                prompts.prompt_length, prompts.gate_per_head, prompts.gate_activation, prompts.prompt is not None
+                prompts.prompt_length,
+                prompts.gate_per_head,
+                prompts.gate_activation,
+                prompts.prompt is not None,
+                prompts.gate_scale is not None,
+                prompts.base_projections,
             )
     for module_name, module in named_modules(model).items():
         parameters = {join(module_name, name): p for name, p in module._parameters.items() if p is not None}
@@ -142,7 +150,8 @@ def _adapter(layer: nn.Linear, name: str, contents: Contents) -> AdaptedLinear:
     if name in contents.bias_scale:
         return BiasScaleLinear.from_linear(layer, contents.bias_scale[name])  # type: ignore[arg-type]
     options = contents.lora[name]
-    return LoRALinear.from_linear(layer, options.rank, options.alpha, options.dropout, use_rslora=options.use_rslora)
+    kind = BiasLoRALinear if options.adapter_bias else LoRALinear
+    return kind.from_linear(layer, options.rank, options.alpha, options.dropout, use_rslora=options.use_rslora)
 
 
 def _prompts(

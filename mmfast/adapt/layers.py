@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from mmfast.nn import AdaptedLinear, BaseLinear, LoRALinear, ZeroInitAttention
+from mmfast.nn import AdaptedLinear, BaseLinear, BiasScaleLinear, LoRALinear, ZeroInitAttention
 
 __all__ = ["has_adapters", "has_lora", "lora_parameters"]
 
@@ -25,8 +25,9 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """LoRA's parameters by their full names, each once; empty for a module without LoRA."""
-    own = {id(p) for layer in named_layers(module, LoRALinear).values() for p in adapter_parameters(layer).values()}
+    """LoRA's parameters by their full names, each once; empty for a module without LoRA. A bias beside it is none."""
+    layers = named_layers(module, LoRALinear).values()
+    own = {id(getattr(layer, name)) for layer in layers for name in LoRALinear.adapter_names}
     return {name: parameter for name, parameter in module.named_parameters() if id(parameter) in own}
 
 
@@ -55,8 +56,24 @@ def is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def choose(where: str, module: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
+def takes_lora(layer: nn.Module) -> bool:
+    """Whether this is an adapted layer that LoRA can join: one with a trained bias and no scale."""
+    return isinstance(layer, BiasScaleLinear) and layer.adapter_scale is None
+
+
+def choose(
+    where: str,
+    module: nn.Module,
+    targets: Sequence[str] | None,
+    joins: Callable[[nn.Module], bool] = lambda layer: False,
+) -> dict[str, nn.Linear]:
     """The linear layers that `targets` name, or all but the output head; each can get an adapter.
+
+    Args:
+        where: What the messages begin with.
+        module: The module that holds the layers.
+        targets: Their names, or last components.
+        joins: Which layers with an adapter can get this one beside it.
 
     Raises:
         ValueError: A target names no layer, or one that has an adapter or a weight tied to another parameter.
@@ -87,7 +104,7 @@ def choose(where: str, module: nn.Module, targets: Sequence[str] | None) -> dict
     for name, layer in chosen.items():
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"{where}: {name} is a {type(layer).__name__}; a torch.nn.Linear is accepted")
-        if isinstance(layer, AdaptedLinear):
+        if isinstance(layer, AdaptedLinear) and not joins(layer):
             raise ValueError(
                 f"{where}: {name} has an adapter already, a {type(layer).__name__}; a layer without one is accepted; "
                 "remove(model) or merge(model) comes first"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.adapt.layers import check_holder, join, named_layers, places, replace
+from mmfast.adapt.prompts import check_foldable
 from mmfast.nn import AdaptedLinear, LoRALinear, MergeDrift
 
 __all__ = ["merge", "merged_state_dict"]
@@ -30,9 +31,10 @@ def merge(module: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Merg
         (`LoRALinear.merge`) become plain and are not listed.
 
     Raises:
-        ValueError: If the module has no adapters, or is itself the adapted layer.
+        ValueError: If the module has no adapters, is itself the adapted layer, or has prompts that pass by them.
     """
     check_holder("merge", module)
+    check_foldable("merge", module)
     layers = named_layers(module, AdaptedLinear)
     if not layers:
         raise ValueError("merge: the module has no adapters; add_lora or add_bias_scale comes first")
@@ -61,7 +63,11 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     Returns:
         Detached tensors under the names of the model without adapters. Those of layers without adapters share the
         module's memory, as in `state_dict`.
+
+    Raises:
+        ValueError: If the module has prompts that pass by adapters.
     """
+    check_foldable("merged_state_dict", module)
     state = dict(module.state_dict())
     for name, layer in named_layers(module, AdaptedLinear).items():
         if isinstance(layer, LoRALinear) and layer.merged:

@@ -39,6 +39,7 @@ _PURE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 def why_not_peft(model: nn.Module, contents: Contents) -> list[str]:
     """Why stock PEFT could not load the contents with the same function; empty if it can."""
     reasons = [f"{name} has a bias-scale adapter" for name in contents.bias_scale][:1]
+    reasons += [f"{name} has a trained bias beside LoRA" for name, x in contents.lora.items() if x.adapter_bias][:1]
     reasons += [f"{name} has prompts" for name in contents.prompts][:1]
     modules, options = named_modules(model), contents.lora.values()
     for what in ("dropout", "use_rslora"):

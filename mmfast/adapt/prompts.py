@@ -32,6 +32,8 @@ class Prompts:
     gate_per_head: bool = True
     gate_activation: Literal["tanh", "identity"] = "tanh"
     learned: bool = True
+    gate_scale: bool = False
+    base_projections: bool = False
 
 
 def add_prompts(
@@ -42,6 +44,8 @@ def add_prompts(
     gate_per_head: bool = True,
     gate_activation: Literal["tanh", "identity"] = "tanh",
     learned: bool = True,
+    gate_scale: bool = False,
+    base_projections: bool = False,
     dtype: torch.dtype | None = torch.float32,
 ) -> list[str]:
     """Gives attention layers of a language model trained prompts behind gates that start closed (LLaMA-Adapter).
@@ -64,7 +68,7 @@ def add_prompts(
             Llama, Mistral and Qwen2 with or without PEFT around them; changed in place.
         prompt_length: P, prompts of each layer.
         layers: How many decoder layers, the last ones, or the indices of the layers.
-        gate_per_head: As in `ZeroInitAttention`, with `gate_activation`, `learned` and `dtype`.
+        gate_per_head: As in `ZeroInitAttention`, with all that follow.
 
     Returns:
         The full names of the attention modules that got prompts, in the model's order.
@@ -82,7 +86,7 @@ def add_prompts(
         raise ValueError(
             f"add_prompts: layers {taken} have prompts already; layers without are accepted; remove(model) comes first"
         )
-    options = Prompts(prompt_length, gate_per_head, gate_activation, learned)
+    options = Prompts(prompt_length, gate_per_head, gate_activation, learned, gate_scale, base_projections)
     prompts = {attentions[index]: build(decoder, attentions[index], options, dtype) for index in chosen}
     attach(decoder, prompts)
     adapters = [p for layer in named_layers(model, AdaptedLinear).values() for p in adapter_parameters(layer).values()]
@@ -188,6 +192,19 @@ def has_prompts(module: nn.Module) -> bool:
     return isinstance(module._modules.get(PROMPTS), ZeroInitAttention)
 
 
+def check_foldable(where: str, module: nn.Module) -> None:
+    """Refuses to fold adapters that prompts pass by: folded, they would act on the prompts too."""
+    for name, attention in module.named_modules():
+        if has_prompts(attention) and attention.prompts.base_projections:  # type: ignore[union-attr]
+            projections = (attention._modules["k_proj"], attention._modules["v_proj"])
+            if any(isinstance(projection, AdaptedLinear) for projection in projections):
+                raise ValueError(
+                    f"{where}: the prompts of {name} pass by the adapters of its key and value projections, which "
+                    "folded adapters would not allow; projections without adapters are accepted there; keep the "
+                    "adapters as they are"
+                )
+
+
 def decoder_of(where: str, model: nn.Module) -> Any:
     """The model of transformers inside `model` that has the decoder layers.
 
@@ -225,6 +242,8 @@ def build(decoder: Any, attention: Any, options: Prompts, dtype: torch.dtype | N
         gate_per_head=options.gate_per_head,
         gate_activation=options.gate_activation,
         learned=options.learned,
+        gate_scale=options.gate_scale,
+        base_projections=options.base_projections,
         device=attention.k_proj.weight.device,
         dtype=dtype,
     )

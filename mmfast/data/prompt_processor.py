@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from mmfast.data.images import load_image
 from mmfast.data.processor import Encoded, Processor
-from mmfast.data.samples import MediaPart, Sample
+from mmfast.data.samples import ImagePart, MediaPart, Sample
 from mmfast.data.templates import Template
 
 __all__ = ["PromptProcessor"]
@@ -21,7 +22,34 @@ class PromptProcessor(Processor):
     """As `Processor`, but a sample has one image at most, and its text is the same with and without it.
 
     A batch has `media_rows` [n] int64 beside the media: the row that each belongs to.
+
+    Args:
+        channel_order: "rgb", or "bgr": the channels of an image are swapped before its processor sees it, as where
+            OpenCV reads images (LLaMA-Adapter V2's 7B).
+        *args, **options: as in `Processor`.
+
+    Raises:
+        ValueError: as there, and if the order is neither.
     """
+
+    def __init__(self, *args: Any, channel_order: str = "rgb", **options: Any) -> None:
+        if channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"PromptProcessor: channel_order is {channel_order!r}; 'rgb' and 'bgr' are accepted")
+        super().__init__(*args, **options)
+        self.channel_order = channel_order
+
+    def settings(self) -> dict[str, Any]:
+        """As in `Processor`, with the order of channels."""
+        return {**super().settings(), "channel_order": self.channel_order}
+
+    def read_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Any:
+        """As in `Processor`, in the order of channels."""
+        if self.channel_order == "bgr":
+            import PIL.Image
+
+            image = load_image(cast(ImagePart, part), media_folder, sample_id)
+            part = {"type": "image", "image": PIL.Image.merge("RGB", image.split()[::-1])}
+        return super().read_media(part, media_folder, sample_id)
 
     @Processor.template.setter  # type: ignore[misc, attr-defined]
     def template(self, template: Template) -> None:

@@ -26,6 +26,8 @@ def convert(
     vision_feature_select_strategy: Literal["default", "full"] | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     q_former: str | None = None,
+    gate_activation: Literal["tanh", "identity"] | None = None,
+    prompt_length: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, str]:
     """Turns a checkpoint in the layout that a system's authors published into a folder that mmfast opens.
@@ -49,6 +51,9 @@ def convert(
         dtype: Dtype in which the language model and the encoder are opened.
         q_former: For minigpt4: the pretrained Q-Former that it was trained on, a file in LAVIS's layout or a folder of
             transformers' BLIP-2.
+        gate_activation: For llama_adapter: what gates pass through. None: what the authors' inference code does; a file
+            of version 1 that was trained with their code wants tanh.
+        prompt_length: For llama_adapter: prompts of each layer, which version 1's file does not say; None: 10.
         overwrite: Whether a model that is already in the folder may be replaced.
 
     Returns:
@@ -67,6 +72,8 @@ def convert(
         "vision_feature_layer": vision_feature_layer,
         "vision_feature_select_strategy": vision_feature_select_strategy,
         "q_former": q_former,
+        "gate_activation": gate_activation,
+        "prompt_length": prompt_length,
     }
     options = {name: value for name, value in given.items() if value is not None}
     unknown = [name for name in options if name not in model_class.original_options]

@@ -8,7 +8,7 @@ learning rates from the scripts of https://github.com/OpenGVLab/LLaMA-Adapter (G
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -23,6 +23,7 @@ from mmfast.models.architectures import vision_config_named
 from mmfast.models.base import MultimodalModel, MultimodalOutput
 from mmfast.models.llama_adapter_original import (
     TABLE,
+    lora_rank_of,
     read_checkpoint,
     read_original,
     version_of,
@@ -36,9 +37,9 @@ from mmfast.models.parts import (
     resolve_language_model,
     text_config_of,
 )
-from mmfast.models.stages import LLAMA_LINEARS, Stage
+from mmfast.models.stages import LLAMA_LINEARS, LoraSpec, Stage
 from mmfast.models.trained import check_state
-from mmfast.nn import BiasScaleLinear, ZeroInitAttention
+from mmfast.nn import BiasLoRALinear, BiasScaleLinear, ZeroInitAttention
 
 if TYPE_CHECKING:
     from mmfast.data import Processor
@@ -66,6 +67,8 @@ class Form:
     """Linear layers with a trained bias and scale."""
     scale_on: Literal["output", "input", "none"] = "none"
     """Where that scale acts, see `mmfast.nn.BiasScaleLinear`."""
+    past_lora: bool = False
+    """Whether prompts pass by LoRA, and a layer with it has a common factor on its gates."""
 
 
 # alpaca_finetuning_v1/finetuning.sh: base rate 9e-3 · batch 32 / 256. The paper says 9e-3 and batch 64.
@@ -73,11 +76,16 @@ _V1_RATE = 9e-3 * 32 / 256
 # llama_adapter_v2_multimodal7b/exps/{pretrain,finetune}.sh: base rates 1e-4 and 1e-3, batch 32. The paper says none.
 _V2_VISUAL_RATE, _V2_TEXT_RATE = 1e-4 * 32 / 256, 1e-3 * 32 / 256
 
+# llama_adapter_v2_multimodal7b/llama/llama.py: the update is added as it is. No code of that folder trains it;
+# imagebind_LLM/llama/llama_adapter.py trains it beside norms and biases.
+_V2_LORA = LoraSpec(rank=16, alpha=16)
+# What its file does not say, and its code has no other of.
+_V2_7B_CODE = {"visual_heads": 16, "channel_order": "bgr", "blank_image": True, "gate_activation": "tanh"}
 _V2_7B_PARTS = ("connector", "prompts", "gates", "norms", "bias_scale")
 
 
-def _stage(name: str, rate: float, *parts: str) -> Stage:
-    return Stage(name, "alpaca", dict.fromkeys(parts, rate))
+def _stage(name: str, rate: float, *parts: str, lora: LoraSpec | None = None) -> Stage:
+    return Stage(name, "alpaca", dict.fromkeys(parts, rate), lora)
 
 
 FORMS = {
@@ -119,11 +127,13 @@ FORMS = {
         stages={
             "pretrain": _stage("pretrain", _V2_VISUAL_RATE, "connector", "prompts", "gates"),
             "finetune": _stage("finetune", _V2_TEXT_RATE, "norms", "bias_scale"),
+            "finetune_lora": _stage("finetune_lora", _V2_TEXT_RATE, "norms", "bias_scale", "lora", lora=_V2_LORA),
         },
         unprompted_layers=1,
         visual_length=10,
         visual_width=768,
         linears=("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        past_lora=True,
     ),
 }
 """Version 1; version 2 as its paper describes it; version 2 as the released multimodal 7B is."""
@@ -146,6 +156,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
         visual_width: Width of the visual branch.
         visual_depth: Of version 2: blocks of the visual branch.
         visual_heads: Of version 2: heads of these blocks.
+        channel_order: "rgb", or "bgr", in which the code of the released 7B shows images.
+        blank_image: Of the released 7B: whether samples of text alone are shown an image of zeros, as by its code.
         image_token_id: An id that no text has; images take no token.
         template: Name of the conversation template to chat with.
 
@@ -170,6 +182,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
         visual_width: int | None = None,
         visual_depth: int = 8,
         visual_heads: int = 16,
+        channel_order: str = "rgb",
+        blank_image: bool = False,
         image_token_id: int = 32000,
         template: str = "alpaca",
         **kwargs: Any,
@@ -190,6 +204,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
         self.visual_width = visual_width or form.visual_width
         self.visual_depth = visual_depth
         self.visual_heads = visual_heads
+        self.channel_order = channel_order
+        self.blank_image = blank_image
         self.image_token_id = image_token_id
         self.template = template
         super().__init__(**kwargs)
@@ -199,6 +215,8 @@ class LlamaAdapterConfig(PreTrainedConfig):
                 f"{self.prompt_layers} to learned prompts, but the language model has {depth}; at most that many "
                 "together are accepted; lower visual_layers or prompt_layers"
             )
+        if blank_image and version != "v2_multimodal_7b":
+            raise ValueError(f"LlamaAdapter: blank_image is set; in the version {version} False is accepted")
         if form.fusion == "add" and self.visual_length not in (1, prompt_length):
             raise ValueError(
                 f"LlamaAdapter: visual_length is {self.visual_length}, prompt_length {prompt_length}; in the version "
@@ -235,8 +253,11 @@ class LlamaAdapter(MultimodalModel):
         "visual_width",
         "visual_depth",
         "visual_heads",
+        "channel_order",
+        "blank_image",
         "template",
     )
+    original_options = ("gate_activation", "prompt_length")
     media_inputs = ("pixel_values", "media_rows")
     parts = (
         "encoder",
@@ -251,7 +272,7 @@ class LlamaAdapter(MultimodalModel):
     )
     frozen_parts = ("encoder", "language_model")
     # Closed gates let no gradient through to what is behind them.
-    zero_at_first: ClassVar[tuple[str, ...]] = ("*.lora_a", "*.prompt", "connector.*")
+    zero_at_first: ClassVar[tuple[str, ...]] = ("*.lora_a", "*.prompt", "*.gate_scale", "connector.*")
 
     def __init__(
         self,
@@ -273,7 +294,7 @@ class LlamaAdapter(MultimodalModel):
             for norm in _norms(language_model):
                 # What trains is float32; around it the language model computes in its own dtype.
                 norm.float().register_forward_hook(_in_dtype_of_input)
-        options: Any = {"gate_activation": config.gate_activation}
+        options: Any = {"gate_activation": config.gate_activation, "base_projections": form.past_lora}
         if config.visual_layers:
             add_prompts(language_model, config.visual_length, range(config.visual_layers), learned=False, **options)
         add_prompts(language_model, config.prompt_length, config.prompt_layers, **options)
@@ -308,8 +329,7 @@ class LlamaAdapter(MultimodalModel):
         config = LlamaAdapterConfig(language_model.config, vision_config_named(encoder_folder), **settings)
         form = FORMS[config.version]
         tower = form.encoder.from_pretrained(encoder_folder, *_encoder_options(config), dtype=dtype)
-        kind: Any = _processor_class()
-        processor = open_processor(llm_folder, encoder_folder, config.template, 1, kind)
+        processor = _open_processor(llm_folder, encoder_folder, config)
         config.image_token_id = processor.image_token_id
         model = cls(config, tower, None, language_model, processor)
         model.name_bases(llm=llm, encoder=encoder)
@@ -325,7 +345,7 @@ class LlamaAdapter(MultimodalModel):
         template: str | None = None,
         dtype: str = "float32",
         gate_activation: Literal["tanh", "identity"] | None = None,
-        prompt_length: int = 10,
+        prompt_length: int | None = None,
     ) -> tuple[LlamaAdapter, dict[str, str]]:
         """As `MultimodalModel.from_original`: version 1's file of prompts and gates, or version 2's multimodal 7B.
 
@@ -337,32 +357,45 @@ class LlamaAdapter(MultimodalModel):
             dtype: As there.
             gate_activation: None is what the authors' inference code computes of the file: "identity" for version 1
                 (its training code has "tanh", so choose that for a file you have trained with it), "tanh" for 2.
-            prompt_length: Prompts of each layer, which the file does not say.
+            prompt_length: Prompts of each layer. None: 10 in version 1, whose file does not say it; in version 2 those
+                of an image.
+
+        Version 2's file may have LoRA beside biases (LORA-BIAS-7B) or not (BIAS-7B). It switches on what the authors'
+        code does: `channel_order` "bgr" and `blank_image`.
         """
         state = read_checkpoint(Path(source).expanduser())
         version = version_of(state)
         llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-        activation = gate_activation or ("identity" if version == "v1" else "tanh")
-        settings: dict[str, Any] = {"prompt_length": prompt_length, "gate_activation": activation}
+        settings: dict[str, Any] = {"gate_activation": "identity"}
         if version != "v1":
-            settings |= visual_sizes(state)
+            settings = _V2_7B_CODE | visual_sizes(state)
+        if gate_activation is not None:
+            settings["gate_activation"] = gate_activation
+        if prompt_length is None:
+            prompt_length = settings.get("visual_length", 10)
+        if prompt_length < 1:
+            raise ValueError(f"LlamaAdapter.from_original: prompt_length is {prompt_length}; 1 or more is accepted")
         text = text_config_of(llm_folder)
         config = LlamaAdapterConfig(
             text,
             vision_config_named(encoder_folder),
             version,
-            prompt_layers=min(len(state[TABLE]) // prompt_length, text.num_hidden_layers),
+            prompt_length,
+            min(len(state[TABLE]) // prompt_length, text.num_hidden_layers),
             template=template or "alpaca",
             **settings,
         )
-        found, names = read_original(state, config)
+        rank = lora_rank_of(state) if version != "v1" else 0
+        found, names = read_original(state, config, rank)
         with torch.device("meta"):
             language_model = AutoModelForCausalLM.from_config(text, dtype=getattr(torch, dtype))
             model = cls(config, None, None, language_model)
-        model.processor = open_processor(llm_folder, encoder_folder, config.template, 1, _processor_class())
+            if rank:
+                model.add_lora(replace(_V2_LORA, rank=rank, alpha=rank))
+        model.processor = _open_processor(llm_folder, encoder_folder, config)
         config.image_token_id = model.processor.image_token_id
         model.name_bases(llm=llm, encoder=encoder)
-        model.trained_parts = {"prompts", "gates"} if version == "v1" else set(_V2_7B_PARTS)
+        model.trained_parts |= {"prompts", "gates"} if version == "v1" else set(_V2_7B_PARTS)
         check_state("LlamaAdapter.from_original", model.trained_state(), found)
         model.load_state_dict(found, strict=False, assign=True)
         return model, names
@@ -373,10 +406,37 @@ class LlamaAdapter(MultimodalModel):
         Raises:
             ValueError: If the version has no published layout, or other parts trained than that holds.
         """
-        return write_original(self.trained_state(), self.config, Path(folder))
+        spec, own = self.lora_spec, {name: getattr(self.config, name) for name in _V2_7B_CODE}
+        if self.config.version == "v2_multimodal_7b" and own != _V2_7B_CODE:
+            raise ValueError(
+                f"LlamaAdapter.to_original: the model has {own}; {_V2_7B_CODE} is accepted: the file does not say it, "
+                "and the authors' code would compute something else of it"
+            )
+        if spec is not None and spec.alpha != spec.rank:
+            raise ValueError(
+                f"LlamaAdapter.to_original: LoRA's alpha is {spec.alpha:g} and its rank {spec.rank}; equal ones are "
+                "accepted: the published layout holds updates that are added as they are"
+            )
+        return write_original(self.trained_state(), self.config, Path(folder), spec.rank if spec else 0)
+
+    def add_lora(self, spec: LoraSpec) -> list[str]:
+        """As `MultimodalModel.add_lora`; in the version "v2_multimodal_7b" biases stay and prompts pass by LoRA.
+
+        There a common factor of each layer's gates, `new_gate` in the authors' code, joins the part "gates".
+
+        Raises:
+            ValueError: As there; or in version 2 with a scale, whose linear layers have no LoRA beside it.
+        """
+        names = super().add_lora(spec)
+        if FORMS[self.config.version].past_lora:
+            for prompts in self.get_decoder().modules():
+                if isinstance(prompts, ZeroInitAttention):
+                    prompts.add_gate_scale()
+        return names
 
     def stages(self) -> dict[str, Stage]:
-        """V1: "instruct" and "instruct_images"; V2: "joint"; the released V2: "pretrain" and "finetune"."""
+        """V1: "instruct" and "instruct_images"; V2: "joint"; the released V2: "pretrain", then "finetune" or
+        "finetune_lora"."""
         return dict(FORMS[self.config.version].stages)
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
@@ -420,8 +480,6 @@ class LlamaAdapter(MultimodalModel):
         Raises:
             ValueError: If the rows do not belong to the images or the batch.
         """
-        if pixel_values is None and media_rows is None:
-            return {}
         rows = [] if media_rows is None else media_rows.tolist()
         images = 0 if pixel_values is None else len(pixel_values)
         if len(rows) != images or len(set(rows)) < images or any(not 0 <= row < batch_size for row in rows):
@@ -429,12 +487,18 @@ class LlamaAdapter(MultimodalModel):
                 f"{type(self).__name__}: pixel_values has {images} images and media_rows is {rows}, in a batch of "
                 f"{batch_size}; a row of its own for each image is accepted; let the processor collate the batch"
             )
-        if pixel_values is None or media_rows is None or not images:
+        if pixel_values is None:
+            size = self.config.vision_config.image_size
+            pixel_values = next(self.encoder.parameters()).new_empty(0, 3, size, size)
+        if self.config.blank_image and images < batch_size:
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(1, *pixel_values.shape[1:])])
+        if not len(pixel_values):
             return {}
-        features = self.media_features(pixel_values).unflatten(0, (images, -1))
-        media_rows = media_rows.to(features.device)
-        # A row without an image adds zero, exactly.
-        prompts = features.new_zeros(batch_size, *features.shape[1:]).index_copy(0, media_rows, features)
+        features = self.media_features(pixel_values).unflatten(0, (len(pixel_values), -1))
+        # A row without an image has the blank one's prompts, or adds zero, exactly.
+        rest = features[images:] if len(features) > images else torch.zeros_like(features[:1])
+        media_rows = torch.tensor(rows, dtype=torch.long, device=features.device)
+        prompts = rest.repeat(batch_size, 1, 1).index_copy(0, media_rows, features[:images])
         if FORMS[self.config.version].fusion == "add":
             return {"prompt_bias": prompts}
         prompted = torch.zeros(batch_size, dtype=torch.bool, device=features.device).index_fill(0, media_rows, True)
@@ -493,10 +557,13 @@ def _parts_inside(language_model: nn.Module) -> dict[nn.Parameter, str]:
     found: dict[nn.Parameter, str] = {}
     for module in language_model.modules():
         if isinstance(module, ZeroInitAttention):
-            found[module.gate] = "visual_gates" if module.prompt is None else "gates"
+            gates = "visual_gates" if module.prompt is None else "gates"
+            found |= {p: gates for p in (module.gate, module.gate_scale) if p is not None}
             found |= {} if module.prompt is None else {module.prompt: "prompts"}
         elif isinstance(module, BiasScaleLinear):
             found |= {p: "bias_scale" for p in (module.adapter_bias, module.adapter_scale) if p is not None}
+        elif isinstance(module, BiasLoRALinear):
+            found[module.adapter_bias] = "bias_scale"
     return found | {p: "norms" for norm in _norms(language_model) for p in norm.parameters(recurse=False)}
 
 
@@ -509,7 +576,7 @@ def _in_dtype_of_input(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tens
     return output.to(inputs[0].dtype)
 
 
-def _processor_class() -> type[Processor]:
+def _open_processor(llm: Path, encoder: Path, config: LlamaAdapterConfig) -> Processor:
     from mmfast.data.prompt_processor import PromptProcessor
 
-    return PromptProcessor
+    return open_processor(llm, encoder, config.template, 1, PromptProcessor, channel_order=config.channel_order)

@@ -6,7 +6,7 @@ from mmfast.nn.base_linear import BaseLinear
 from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.nn.gated_cross_attention import GatedCrossAttentionBlock
 from mmfast.nn.gated_residual import GatedResidual
-from mmfast.nn.lora_linear import LoRALinear, LoRALinearGroup
+from mmfast.nn.lora_linear import BiasLoRALinear, LoRALinear, LoRALinearGroup
 from mmfast.nn.mixture_adapter import MixtureAdapter
 from mmfast.nn.perceiver_resampler import MediaKV, PerceiverResampler
 from mmfast.nn.q_former import QFormer
@@ -20,6 +20,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "BaseLinear",
+    "BiasLoRALinear",
     "BiasScaleLinear",
     "GatedCrossAttentionBlock",
     "GatedResidual",

@@ -49,6 +49,10 @@ class AdaptedLinear(BaseLinear):
             return quantized
         return self._plain(cast(nn.Parameter, self.weight), self.bias)
 
+    def base_forward(self, input: Tensor) -> Tensor:
+        """What the base alone makes of [..., in_features], without the adapter."""
+        return nn.Linear.forward(self, input) if self.weight_format is None else self.to_linear()(input)
+
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out_features, in_features] that has the adapter in it, rounded once.

@@ -13,7 +13,7 @@ from mmfast.ops.int8 import Int8Weight
 from mmfast.ops.nf4 import NF4Weight
 from mmfast.ops.weights import Weight, tensors
 
-__all__ = ["BaseLinear"]
+__all__ = ["BaseLinear", "check_no_hooks"]
 
 # The parts of a quantised weight; each is a buffer of this name after "weight_", the first one just "weight".
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -168,6 +168,11 @@ def _check_adoptable(where: str, linear: nn.Linear) -> None:
             f"{where}: the layer is a {type(linear).__name__}; a torch.nn.Linear or a QuantizedLinear is accepted; "
             "remove its adapter or parametrisation first"
         )
+    check_no_hooks(where, linear)
+
+
+def check_no_hooks(where: str, linear: nn.Linear) -> None:
+    """Refuses a layer with hooks, which a layer in its place would lose."""
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         raise ValueError(
             f"{where}: the layer carries hooks or a replaced forward, which would be lost; "

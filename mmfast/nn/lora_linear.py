@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmfast.nn.adapted_linear import AdaptedLinear, MergeDrift
+from mmfast.nn.base_linear import check_no_hooks
+from mmfast.nn.bias_scale_linear import BiasScaleLinear
 from mmfast.ops.lora_linear import lora_linear, lora_linear_group
 
-__all__ = ["LoRALinear", "LoRALinearGroup"]
+__all__ = ["BiasLoRALinear", "LoRALinear", "LoRALinearGroup"]
 
 
 class LoRALinear(AdaptedLinear):
@@ -71,14 +73,12 @@ class LoRALinear(AdaptedLinear):
         self.use_rslora = use_rslora
         self.scaling = self.alpha / (math.sqrt(rank) if use_rslora else rank)
         self.merged = False
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=torch.float32))
-        self.reset_lora_parameters()
+        self._add_adapter(device)
 
     @classmethod
     def from_linear(
         cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
-    ) -> LoRALinear:
+    ) -> Self:
         """Puts a fresh adapter on `linear`'s own parameters: nothing is copied, `requires_grad` stays.
 
         Args:
@@ -95,9 +95,7 @@ class LoRALinear(AdaptedLinear):
         # Built without storage: the base's parameters are those of `linear`, the adapter's are made on its device.
         layer = cls(linear.in_features, linear.out_features, rank, alpha, dropout, use_rslora=use_rslora, device="meta")
         layer.adopt(linear)
-        layer.lora_a = nn.Parameter(torch.empty_like(layer.lora_a, device=linear.weight.device))
-        layer.lora_b = nn.Parameter(torch.empty_like(layer.lora_b, device=linear.weight.device))
-        layer.reset_lora_parameters()
+        layer._add_adapter(linear.weight.device)
         return layer
 
     def reset_lora_parameters(self) -> None:
@@ -114,7 +112,7 @@ class LoRALinear(AdaptedLinear):
         if self.merged:
             return self._forward_merged(input)
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(input, self.base_weight(), self.lora_a, self.lora_b, self.scaling, self.bias, dropout)
+        return lora_linear(input, self.base_weight(), self.lora_a, self.lora_b, self.scaling, self._bias(), dropout)
 
     @torch.no_grad()
     def merge(self) -> MergeDrift:
@@ -155,6 +153,25 @@ class LoRALinear(AdaptedLinear):
         adapter = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
         flags = ", use_rslora=True" * self.use_rslora + ", merged=True" * self.merged
         return f"{super().extra_repr()}, {adapter}{flags}"
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        """As in `AdaptedLinear`.
+
+        Raises:
+            RuntimeError: If the layer is merged: its weight has the update in it.
+        """
+        if self.merged:
+            raise RuntimeError("LoRALinear.base_forward: the layer is merged; call unmerge() first")
+        return super().base_forward(input)
+
+    def _add_adapter(self, device: torch.device | str | None) -> None:
+        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=torch.float32))
+        self.reset_lora_parameters()
+
+    def _bias(self) -> Tensor | None:
+        """What is added to the products."""
+        return self.bias
 
     def _forward_merged(self, input: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -197,6 +214,69 @@ class LoRALinear(AdaptedLinear):
         )
 
 
+class BiasLoRALinear(LoRALinear):
+    """y = x Wᵀ + b₀ + b + scaling · dropout(x) Aᵀ Bᵀ: LoRA and a trained bias b at once; b₀ is the base's own bias.
+
+    `LoRALinear` with an adapter of one tensor more: `adapter_bias` b [out_features], at first 0, as a `BiasScaleLinear`
+    without a scale has it. `merge()` is not possible, for the base may have no bias; `merged_linear()` is.
+
+    Source: OpenGVLab/LLaMA-Adapter, llama_adapter_v2_multimodal7b/llama/llama.py (scaling is 1 there).
+
+    Args:
+        in_features: As in `LoRALinear`, with all that follow.
+    """
+
+    adapter_names: ClassVar[tuple[str, ...]] = (*LoRALinear.adapter_names, "adapter_bias")
+    adapter_bias: nn.Parameter
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, use_rslora: bool = False
+    ) -> Self:
+        """As `LoRALinear.from_linear`; a `BiasScaleLinear` without a scale is accepted too, whose bias stays.
+
+        Raises:
+            TypeError, ValueError: As there; or if the `BiasScaleLinear` has a scale.
+        """
+        bias = None
+        if isinstance(linear, BiasScaleLinear):
+            check_no_hooks(cls.__name__, linear)
+            if linear.adapter_scale is not None:
+                raise ValueError(
+                    f"{cls.__name__}: the layer has a trained scale on its {linear.scale_on}; a trained bias alone is "
+                    "accepted beside LoRA"
+                )
+            bias, linear = linear.adapter_bias, linear.to_linear()
+        layer = super().from_linear(linear, rank, alpha, dropout, use_rslora=use_rslora)
+        if bias is not None:
+            layer.adapter_bias = bias
+        return layer
+
+    def merge(self) -> MergeDrift:
+        """Is refused.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "BiasLoRALinear.merge: the layer has a trained bias, for which its base may have no place; a LoRALinear is "
+            "accepted; mmfast.adapt.merge(model) makes plain layers with both"
+        )
+
+    @torch.no_grad()
+    def merged_bias(self, dtype: torch.dtype | None = None) -> Tensor:
+        """b₀ + b, in `dtype` or that of the merged weight."""
+        return self._bias().to(dtype or self.weight_dtype or self.weight.dtype)
+
+    def _add_adapter(self, device: torch.device | str | None) -> None:
+        super()._add_adapter(device)
+        self.adapter_bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=torch.float32))
+
+    def _bias(self) -> Tensor:
+        """b₀ + b, in the adapter's dtype."""
+        return self.adapter_bias if self.bias is None else self.adapter_bias + self.bias
+
+
 class LoRALinearGroup(nn.ModuleList):
     """Siblings that read the same x (q, k and v; gate and up): one low-rank pass over x, one dropout mask.
 
@@ -235,7 +315,7 @@ class LoRALinearGroup(nn.ModuleList):
             [layer.lora_a for layer in siblings],
             [layer.lora_b for layer in siblings],
             [layer.scaling for layer in siblings],
-            [layer.bias for layer in siblings],
+            [layer._bias() for layer in siblings],
             siblings[0].dropout if self.training else 0.0,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.nn.adapted_linear import AdaptedLinear
+from mmfast.nn.base_linear import BaseLinear
 from mmfast.ops import zero_init_attention
 from mmfast.ops.zero_init_attention import GATE_ACTIVATIONS
 
@@ -44,15 +47,18 @@ class ZeroInitAttention(nn.Module):
         gate_per_head: one gate for each head (the official code) or one for all (PEFT).
         gate_activation: "tanh" (the training code) or "identity" (the paper, the inference code, PEFT, LitGPT).
         learned: False: the layer has no prompts of its own; each sample brings its prompts, as `prompt_bias`.
+        gate_scale: a trained factor on all gates, after the activation (LLaMA-Adapter V2's 7B with LoRA).
+        base_projections: prompts pass through the projections without adapters of this package (V2's 7B).
 
-    Parameters: `prompt` [P, C], from N(0, 1) as in the official code (None if not learned), and `gate` [H] or [1],
-    zeros; both in `dtype`.
+    Parameters: `prompt` [P, C], from N(0, 1) as in the official code (None if not learned), `gate` [H] or [1], zeros,
+    and `gate_scale` [1], one (None without); all in `dtype`.
 
     Raises:
         ValueError: If the sizes do not fit or `gate_activation` is unknown.
     """
 
     prompt: nn.Parameter | None
+    gate_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -65,6 +71,8 @@ class ZeroInitAttention(nn.Module):
         gate_per_head: bool = True,
         gate_activation: Literal["tanh", "identity"] = "tanh",
         learned: bool = True,
+        gate_scale: bool = False,
+        base_projections: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
@@ -82,9 +90,13 @@ class ZeroInitAttention(nn.Module):
         self.prompt_length = prompt_length
         self.hidden_size = num_heads * head_dim if hidden_size is None else hidden_size
         self.gate_per_head, self.gate_activation = gate_per_head, gate_activation
+        self.base_projections = base_projections
         prompt = nn.Parameter(torch.empty(prompt_length, self.hidden_size, device=device, dtype=dtype))
         self.register_parameter("prompt", prompt if learned else None)
         self.gate = nn.Parameter(torch.empty(num_heads if gate_per_head else 1, device=device, dtype=dtype))
+        self.register_parameter("gate_scale", None)
+        if gate_scale:
+            self.add_gate_scale()
         self._cached: _Cached | None = None
         self.reset_parameters()
 
@@ -93,6 +105,12 @@ class ZeroInitAttention(nn.Module):
         if self.prompt is not None:
             nn.init.normal_(self.prompt)
         nn.init.zeros_(self.gate)
+        if self.gate_scale is not None:
+            nn.init.ones_(self.gate_scale)
+
+    def add_gate_scale(self) -> None:
+        """Gives the gates their common factor, which starts at one."""
+        self.gate_scale = nn.Parameter(torch.ones_like(self.gate[:1]))
 
     def forward(
         self,
@@ -124,15 +142,19 @@ class ZeroInitAttention(nn.Module):
             [B, H, L, D] in the dtype of `query` (autocast's under autocast).
         """
         prompt_key, prompt_value = self.prompt_key_value(key_proj, value_proj, query.dtype, prompt_bias)
-        tensors = query, key, value, prompt_key, prompt_value, self.gate
+        gate: Tensor = self.gate
+        activation = self.gate_activation
+        if self.gate_scale is not None:
+            gate, activation = self.gate_scale * (gate.tanh() if activation == "tanh" else gate), "identity"
+        tensors = query, key, value, prompt_key, prompt_value, gate
         if prompted is None:
-            return zero_init_attention(*tensors, attn_mask, is_causal, scale, self.gate_activation, words)
+            return zero_init_attention(*tensors, attn_mask, is_causal, scale, activation, words)
         if words is None:
             grouped = key.shape[1] != query.shape[1]
             words = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
             )
-        both = zero_init_attention(*tensors, scale=scale, gate_activation=self.gate_activation, words=words)
+        both = zero_init_attention(*tensors, scale=scale, gate_activation=activation, words=words)
         return torch.where(prompted[:, None, None, None], both, words)
 
     def prompt_key_value(
@@ -185,10 +207,23 @@ class ZeroInitAttention(nn.Module):
             )
         hidden = hidden.to(dtype)
         key, value = (
-            projection(hidden).to(dtype).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(-3, -2)
-            for projection in (key_proj, value_proj)
+            through(hidden).to(dtype).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(-3, -2)
+            for through in map(self._through, (key_proj, value_proj))
         )
         return key, value
+
+    def _through(self, projection: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The map of this projection that prompts pass through."""
+        if not self.base_projections:
+            return projection
+        if isinstance(projection, AdaptedLinear):
+            return projection.base_forward
+        if type(projection) is nn.Linear or isinstance(projection, BaseLinear):
+            return projection
+        raise TypeError(
+            f"ZeroInitAttention: prompts pass by the adapters of the projections (base_projections), and one is a "
+            f"{type(projection).__name__}; a torch.nn.Linear or a layer of mmfast.nn is accepted"
+        )
 
     def train(self, mode: bool = True) -> ZeroInitAttention:
         """As in any module; forgets the prompts' keys and values."""
@@ -205,4 +240,6 @@ class ZeroInitAttention(nn.Module):
             f"prompt_length={self.prompt_length}, hidden_size={self.hidden_size}, "
             f"gate_per_head={self.gate_per_head}, gate_activation={self.gate_activation!r}"
             f"{'' if self.prompt is not None else ', learned=False'}"
+            f"{', gate_scale=True' * (self.gate_scale is not None)}"
+            f"{', base_projections=True' * self.base_projections}"
         )

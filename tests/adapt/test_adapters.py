@@ -21,7 +21,7 @@ from mmfast.adapt import (
     quantize,
     remove,
 )
-from mmfast.nn import LoRALinear, QuantizedLinear
+from mmfast.nn import BiasLoRALinear, LoRALinear, QuantizedLinear
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 4, 4, 2, 11]])
@@ -207,6 +207,31 @@ def test_bias_scale_starts_as_the_model_trains_alone_and_merges(scale_on: Any) -
     assert (logits(model) - after).norm() / after.norm() < 1e-5
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_lora_joins_trained_biases() -> None:
+    model = tiny_llama().requires_grad_(False)
+    plain, before = repr(model), logits(model)
+    biases = add_bias_scale(model, ["q_proj", "down_proj"], "none")
+    train_values(model)
+    with_biases = logits(model)
+    add_lora(model, ALL, rank=4, alpha=8)
+    torch.testing.assert_close(logits(model), with_biases, rtol=1e-5, atol=1e-5)
+    assert {type(layer) for name, layer in model.named_modules() if name in biases} == {BiasLoRALinear}
+    randomise(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == set(lora_parameters(model)) | {f"{name}.adapter_bias" for name in biases}
+    assert len(lora_parameters(model)) == 2 * 2 * len(ALL)
+    after, state, other = logits(model), merged_state_dict(model), copy.deepcopy(model)
+    assert (after - with_biases).norm() / after.norm() > 1e-2
+    with pytest.raises(ValueError, match=r"q_proj has an adapter already, a BiasLoRALinear"):
+        add_lora(model, ["q_proj"], rank=4, alpha=8)
+    merge(model)
+    assert (logits(model) - after).norm() / after.norm() < 1e-5
+    assert state.keys() == model.state_dict().keys()
+    remove(other)
+    assert repr(other) == plain and torch.equal(logits(other), before)
 
 
 def test_lora_and_bias_scale_are_removed_alike() -> None:

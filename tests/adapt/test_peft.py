@@ -397,12 +397,15 @@ def test_bias_scale_is_saved_in_our_own_format_that_peft_refuses_by_name(tmp_pat
     adapted = copy.deepcopy(base)
     add_bias_scale(adapted, ["q_proj", "down_proj"], "output")
     add_bias_scale(adapted, ["v_proj"], "input")
-    add_bias_scale(adapted, ["k_proj"], "none")
-    add_lora(adapted, ["up_proj"], rank=2, alpha=3, dropout=0.1, use_rslora=True)
+    add_bias_scale(adapted, ["k_proj", "o_proj"], "none")
+    add_lora(adapted, ["up_proj", "o_proj"], rank=2, alpha=3, dropout=0.1, use_rslora=True)
     randomise(train(adapted, "norm", "adapter"))
     report = save_adapter(adapted, tmp_path)
     assert report.peft_type == "MMFAST"
-    assert report.why_not_peft == ("model.layers.0.self_attn.q_proj has a bias-scale adapter",)
+    assert report.why_not_peft == (
+        "model.layers.0.self_attn.q_proj has a bias-scale adapter",
+        "model.layers.0.self_attn.o_proj has a trained bias beside LoRA",
+    )
     again = copy.deepcopy(base)
     assert load_adapter(again, tmp_path) == report
     assert repr(again) == repr(adapted)

@@ -329,7 +329,7 @@ def test_a_folder_keeps_prompts(tmp_path: Path, beside: bool) -> None:
         add_bias_scale(model, ["v_proj"])
         add_lora(model, ["q_proj", "k_proj"], rank=2, alpha=4)
     add_prompts(model, 5, [0])
-    add_prompts(model, 3, [1], gate_per_head=False, gate_activation="identity")
+    add_prompts(model, 3, [1], gate_per_head=False, gate_activation="identity", gate_scale=True, base_projections=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0.0, 0.3)

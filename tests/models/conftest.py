@@ -17,6 +17,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -178,6 +179,19 @@ def write_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         randomize(CLIPVisionModel(vision_config(**changes))).save_pretrained(folder)
         size = {"height": 16, "width": 16}
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_projected_encoder(write_encoder: Callable[..., Path]) -> Callable[[int], Path]:
+    """The same with CLIP's projection, to so many channels."""
+
+    def write(projection_dim: int) -> Path:
+        folder = write_encoder()
+        tower = randomize(CLIPVisionModelWithProjection(vision_config(projection_dim=projection_dim)))
+        tower.save_pretrained(folder)
         return folder
 
     return write

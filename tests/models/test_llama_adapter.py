@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +11,22 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
+from transformers import AutoModelForCausalLM
 
+from mmfast.adapt import merged_state_dict
 from mmfast.data import get_template
 from mmfast.generate import ChatSession, answer_batch
 from mmfast.models import LlamaAdapter, LlamaAdapterConfig, LoraSpec, Stage, open_model
 
-VERSIONS = ("v1", "v2", "v2_multimodal_7b")
+LORA = "v2_multimodal_7b with LoRA"
+VERSIONS = ("v1", "v2", "v2_multimodal_7b", LORA)
 LAYERS = 3
 SIZES = {"prompt_length": 5, "visual_depth": 2, "visual_heads": 4, "visual_width": 24}
 
 
 def settings(version: str) -> dict[str, Any]:
     visual = {"visual_length": 3} if version == "v2" else {"scales": [1, 3]} if version == "v1" else {}
-    return {"version": version, **SIZES, **visual}
+    return {"version": version.removesuffix(" with LoRA"), **SIZES, **visual}
 
 
 def build(tiny: Any, version: str, **changes: Any) -> LlamaAdapter:
@@ -34,11 +35,23 @@ def build(tiny: Any, version: str, **changes: Any) -> LlamaAdapter:
     text, vision = tiny.text_config(num_hidden_layers=LAYERS), tiny.vision_config(projection_dim=20)
     language_model = tiny.randomize(AutoModelForCausalLM.from_config(text))
     config = LlamaAdapterConfig(text, vision, **{**settings(version), **changes})
-    return LlamaAdapter(config, language_model=language_model).eval()
+    return with_lora(LlamaAdapter(config, language_model=language_model).eval(), version)
+
+
+def from_parts(llm: Path, encoder: Path, version: str, dtype: torch.dtype = torch.float32) -> LlamaAdapter:
+    torch.manual_seed(0)
+    return with_lora(LlamaAdapter.from_parts(llm, encoder, dtype, **settings(version)).eval(), version)
+
+
+def with_lora(model: LlamaAdapter, version: str) -> LlamaAdapter:
+    if version == LORA:
+        model.add_lora(LoraSpec(4, 4))
+    return model
 
 
 def parts_of(model: LlamaAdapter) -> list[str]:
-    return list(dict.fromkeys(part for stage in model.stages().values() for part in stage.train))
+    parts = dict.fromkeys(part for stage in model.stages().values() for part in stage.train)
+    return [part for part in parts if model.part_parameters(part)]
 
 
 def open_up(model: LlamaAdapter, alpha: float = 0.3) -> LlamaAdapter:
@@ -132,6 +145,7 @@ def test_where_prompts_are(tiny: Any, version: str) -> None:
             "v1": [None, None, "learned"],
             "v2": ["image", "learned", "learned"],
             "v2_multimodal_7b": [None, "learned", "learned"],
+            LORA: [None, "learned", "learned"],
         }[version]
     )
     norm = model.visual_prompts(2, torch.randn(1, 3, 16, 16), torch.tensor([1]))
@@ -141,8 +155,9 @@ def test_where_prompts_are(tiny: Any, version: str) -> None:
         torch.testing.assert_close(rows.var(-1, correction=0), torch.ones(len(rows)), rtol=0, atol=1e-2)
 
 
-def test_parts_are_disjoint_and_whole(tiny: Any) -> None:
-    model = build(tiny, "v2")
+@pytest.mark.parametrize("version", ["v2", LORA])
+def test_parts_are_disjoint_and_whole(tiny: Any, version: str) -> None:
+    model = build(tiny, version)
     named = [name for part in model.parts for name in model.part_parameters(part)]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
 
@@ -151,12 +166,16 @@ def test_parts_are_disjoint_and_whole(tiny: Any) -> None:
 def test_stages_train_what_they_say(tiny: Any, version: str) -> None:
     model = build(tiny, version)
     for stage in model.stages().values():
+        if version == LORA and stage.lora is not None:
+            with pytest.raises(ValueError, match=r"needs LoraSpec\(rank=16, alpha=16"):
+                model.set_stage(stage)
+            stage = replace(stage, lora=model.lora_spec)
         model.set_stage(stage)
         named = {name for part in stage.train for name in model.part_parameters(part)}
         assert named == {name for name, p in model.named_parameters() if p.requires_grad}
-    stages = list(model.stages().values())
     if version == "v2_multimodal_7b":
-        assert not set(stages[0].train) & set(stages[1].train)
+        pretrain, finetune, finetune_lora = (set(stage.train) for stage in model.stages().values())
+        assert not pretrain & finetune_lora and finetune_lora == finetune | {"lora"}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -172,7 +191,8 @@ def test_gradients_of_the_first_steps(tiny: Any, version: str, checkpointing: bo
         optimizer.zero_grad()
         model(**batch(tiny)).loss.backward()
         for part in parts:
-            some = [bool(p.grad.any()) for p in model.part_parameters(part).values()]
+            late = ("lora_a", "gate_scale") if step == 0 else ()  # what they are multiplied with is zero
+            some = [bool(p.grad.any()) for n, p in model.part_parameters(part).items() if not n.endswith(late)]
             behind_gates = part in ("prompts", "connector")
             assert all(some) if not behind_gates or step == 2 else step > 0 or not any(some), (part, step)
         optimizer.step()
@@ -219,28 +239,20 @@ def test_generate_is_the_full_forward(tiny: Any, version: str, beams: int) -> No
 
 
 @pytest.fixture
-def encoder(write_encoder: Callable[..., Path]) -> Path:
-    """A tower with CLIP's projection, which the released version reads."""
-    from safetensors.torch import load_file, save_file
-
-    folder = write_encoder(projection_dim=20)
-    config = json.loads((folder / "config.json").read_text())
+def encoder(write_projected_encoder: Callable[[int], Path]) -> Path:
     torch.manual_seed(3)
-    tower = CLIPVisionModelWithProjection.from_pretrained(folder)
-    state = {name: tensor for name, tensor in tower.state_dict().items() if "position_ids" not in name}
-    save_file({**load_file(folder / "model.safetensors"), **state}, folder / "model.safetensors", {"format": "pt"})
-    assert config["projection_dim"] == 20
-    return folder
+    return write_projected_encoder(20)
 
 
 @pytest.fixture
 def llm(write_llm: Callable[..., Path]) -> Path:
+    torch.manual_seed(4)
     return write_llm(num_hidden_layers=LAYERS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_save_and_open(tiny: Any, llm: Path, encoder: Path, tmp_path: Path, version: str) -> None:
-    model = open_up(LlamaAdapter.from_parts(llm, encoder, **settings(version)).eval())
+    model = open_up(from_parts(llm, encoder, version))
     model.trained_parts = set(parts_of(model))
     model.save_trained(tmp_path)
     opened = open_model(tmp_path)
@@ -271,17 +283,18 @@ def sample(text: str, image: int | None = None, answer: str | None = None) -> An
     return {"id": text, "messages": [*messages, *([{"role": "assistant", "content": answer}] if answer else [])]}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", LORA])
 def test_answers_do_not_depend_on_the_batch(llm: Path, encoder: Path, version: str) -> None:
-    model = open_up(LlamaAdapter.from_parts(llm, encoder, **settings(version)), alpha=1.0)
+    model = open_up(from_parts(llm, encoder, version), alpha=0.3 if version == LORA else 1.0)
     samples = [sample("a", 10), sample("a"), sample("a", 250), sample("and that, if you please", 90)]
     together = answer_batch(model, samples, 4, 6)
     assert together == [answer for one in samples for answer in answer_batch(model, [one], 1, 6)]
     assert together[0] != together[1]
 
 
-def test_chat(llm: Path, encoder: Path) -> None:
-    model = open_up(LlamaAdapter.from_parts(llm, encoder, **settings("v2")))
+@pytest.mark.parametrize("version", ["v2", LORA])
+def test_chat(llm: Path, encoder: Path, version: str) -> None:
+    model = open_up(from_parts(llm, encoder, version))
     image = Image.new("RGB", (16, 16), (10, 0, 245))
     session = ChatSession(model, max_new_tokens=6)
     assert session.send("a", [image]) == answer_batch(model, [sample("a", 10)], 1, 6)[0]
@@ -304,6 +317,37 @@ def test_an_image_takes_no_place_in_the_text(llm: Path, encoder: Path) -> None:
     assert collated.keys() - processor.collate(encoded[:1]).keys() == {"pixel_values", "media_rows"}
 
 
+def test_channels_of_an_image_are_swapped_before_they_are_normalised(llm: Path, encoder: Path) -> None:
+    found = {
+        order: LlamaAdapter.from_parts(llm, encoder, **settings("v1"), channel_order=order).processor
+        for order in ("rgb", "bgr")
+    }
+    rgb, bgr = (
+        {"type": "image", "image": Image.new("RGB", (16, 16), color)} for color in ((10, 60, 200), (200, 60, 10))
+    )
+    assert torch.equal(found["bgr"].read_media(rgb, None, "a"), found["rgb"].read_media(bgr, None, "a"))
+    assert found["bgr"].settings() == {**found["rgb"].settings(), "channel_order": "bgr"}
+    with pytest.raises(ValueError, match="channel_order is 'rbg'; 'rgb' and 'bgr' are accepted"):
+        LlamaAdapter.from_parts(llm, encoder, **settings("v1"), channel_order="rbg")
+
+
+def test_text_alone_goes_with_a_blank_image(tiny: Any) -> None:
+    """LLaMA-Adapter V2's 7B: as if each row without an image had one of zeros."""
+    model, inputs = open_up(build(tiny, "v2_multimodal_7b", blank_image=True)), batch(tiny)
+    whole = torch.stack([inputs["pixel_values"][0], torch.zeros(3, 16, 16), inputs["pixel_values"][1]])
+    expected = logits(model, {**inputs, "pixel_values": whole, "media_rows": torch.arange(3)})
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    blank = {**inputs, "pixel_values": torch.zeros(3, 3, 16, 16), "media_rows": torch.arange(3)}
+    torch.testing.assert_close(logits(model, batch(tiny, ())), logits(model, blank), rtol=1e-5, atol=1e-5)
+    other = build(tiny, "v2_multimodal_7b")
+    other.load_state_dict(model.state_dict())
+    assert (logits(other, batch(tiny, ())) - logits(model, blank)).norm() > 1e-3 * expected.norm()
+    prompt = {name: value for name, value in batch(tiny, ()).items() if name == "input_ids"}
+    shown = {"pixel_values": torch.zeros(3, 3, 16, 16), "media_rows": torch.arange(3)}
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**prompt, **options), model.generate(**prompt, **shown, **options))
+
+
 def test_wrong_rows_are_refused(tiny: Any) -> None:
     model, inputs = build(tiny, "v1"), batch(tiny)
     for rows in ([0], [0, 0], [0, 3], [-1, 0]):
@@ -321,6 +365,7 @@ def test_wrong_rows_are_refused(tiny: Any) -> None:
         ({"version": "v2_multimodal_7b", "visual_length": 3}, "visual_length is 3, prompt_length 5"),
         ({"version": "v1", "scales": [9]}, r"layers is \[9\]; a tower of 3 layers"),
         ({"version": "v2", "visual_heads": 5}, "width is 24 and num_heads 5"),
+        ({"version": "v2", "blank_image": True}, "blank_image is set; in the version v2 False is accepted"),
         ({"version": "v1", "prompt_layers": 4}, "learned prompts, but the language model has 3"),
     ],
 )
@@ -347,9 +392,21 @@ def test_another_language_model_is_refused(
 
 
 def test_lora_beside_bias_and_scale_is_refused(tiny: Any) -> None:
-    model = build(tiny, "v2")
-    with pytest.raises(ValueError, match="has an adapter already"):
-        model.add_lora(LoraSpec(2, 4))
+    for version, changes in (("v2", {}), ("v2_multimodal_7b", {"scale_on": "output"})):
+        model = build(tiny, version, **changes)
+        with pytest.raises(ValueError, match="has an adapter already, a BiasScaleLinear"):
+            model.add_lora(LoraSpec(2, 4))
+        assert model.lora_spec is None and not model.part_parameters("lora")
+
+
+def test_lora_that_prompts_pass_by_is_not_merged(tiny: Any) -> None:
+    model = open_up(build(tiny, LORA))
+    before = logits(model, batch(tiny))
+    for fold in (model.merge_lora, lambda: merged_state_dict(model.language_model)):
+        with pytest.raises(ValueError, match=r"layers\.1\.self_attn pass by the adapters of its key and value"):
+            fold()
+    assert model.lora_spec == LoraSpec(4, 4)
+    assert torch.equal(logits(model, batch(tiny)), before)
 
 
 def test_routes_name_each_part_once(tiny: Any) -> None:
@@ -365,7 +422,7 @@ def test_routes_name_each_part_once(tiny: Any) -> None:
 def test_what_trains_is_float32_and_the_rest_computes_in_its_dtype(
     tiny: Any, llm: Path, encoder: Path, tmp_path: Path, version: str
 ) -> None:
-    model = LlamaAdapter.from_parts(llm, encoder, torch.bfloat16, **settings(version)).eval()
+    model = from_parts(llm, encoder, version, torch.bfloat16)
     frozen = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.bfloat16).requires_grad_(False).eval()
     inputs = batch(tiny)
     model.requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mmfast.nn import BaseLinear, LoRALinear, LoRALinearGroup, QuantizedLinear
+from mmfast.nn import BaseLinear, BiasLoRALinear, BiasScaleLinear, LoRALinear, LoRALinearGroup, QuantizedLinear
 from mmfast.ops import dropout as dropouts
 from mmfast.ops import use_backend
 
@@ -324,3 +324,81 @@ def test_layers_that_are_no_siblings_are_refused() -> None:
         LoRALinearGroup([LoRALinear(4, 4, 1, 1.0), LoRALinear(5, 4, 1, 1.0)])
     with pytest.raises(ValueError, match="1 or more"):
         LoRALinearGroup([])
+
+
+def biased(linear: nn.Linear, **options: Any) -> BiasLoRALinear:
+    layer = BiasLoRALinear.from_linear(linear, 3, 6.0, **options)
+    nn.init.normal_(layer.lora_b)
+    nn.init.normal_(layer.adapter_bias)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("format", [None, "nf4", "int8"])
+@pytest.mark.parametrize("shape", [(64,), (2, 5, 64), (0, 64)])
+def test_bias_and_lora_are_both_added(bias: bool, format: Any, shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(64, 8, bias=bias).requires_grad_(False)
+    base = linear if format is None else QuantizedLinear.from_linear(linear, format)
+    layer, x = biased(base), torch.randn(shape)
+    dense = linear if format is None else base.to_linear()  # type: ignore[operator]
+    weight, a, b = (t.detach().double() for t in (dense.weight, layer.lora_a, layer.lora_b))
+    expected = x.double() @ weight.T + layer.adapter_bias.double() + 2.0 * (x.double() @ a.T @ b.T)
+    if bias:
+        expected = expected + linear.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(LoRALinearGroup([layer])(x)[0], layer(x))
+    torch.testing.assert_close(layer.base_forward(x), dense(x), rtol=1e-5, atol=1e-5)
+    merged, _ = layer.merged_linear()
+    assert type(merged) is nn.Linear and torch.equal(merged.bias, layer.merged_bias())
+    torch.testing.assert_close(merged(x).double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer.to_linear()(x), base(x))
+
+
+def test_bias_and_lora_pass_gradcheck_and_alone_train() -> None:
+    layer = biased(nn.Linear(5, 4, dtype=torch.float64)).double()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    tensors = dict(layer.named_parameters())
+    assert torch.autograd.gradcheck(
+        lambda x, *values: torch.func.functional_call(layer, dict(zip(tensors, values, strict=True)), x),
+        (x, *(t.detach().clone().requires_grad_() for t in tensors.values())),
+    )
+    layer = biased(nn.Linear(8, 6, dtype=torch.bfloat16).requires_grad_(False))
+    layer(torch.randn(3, 8, dtype=torch.bfloat16)).sum().backward()
+    trained = {name: p.grad.dtype for name, p in layer.named_parameters() if p.grad is not None}
+    assert trained == dict.fromkeys(("lora_a", "lora_b", "adapter_bias"), torch.float32)
+    other = BiasLoRALinear(8, 6, 3, 6.0, dtype=torch.bfloat16)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lora_joins_a_trained_bias(bias: bool) -> None:
+    first = BiasScaleLinear.from_linear(nn.Linear(8, 6, bias=bias).eval(), "none")
+    nn.init.normal_(first.adapter_bias)
+    layer = BiasLoRALinear.from_linear(first, 2, 4.0)
+    assert layer.adapter_bias is first.adapter_bias and layer.weight is first.weight and not layer.training
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), first(x), rtol=1e-6, atol=1e-6)
+    plain = nn.Linear(8, 6, bias=bias)
+    assert torch.equal(BiasLoRALinear.from_linear(plain, 2, 4.0)(x), plain(x))
+
+
+def test_what_lora_cannot_join_and_what_has_no_place_in_the_base() -> None:
+    for scale_on in ("output", "input"):
+        with pytest.raises(ValueError, match=f"has a trained scale on its {scale_on}; a trained bias alone"):
+            BiasLoRALinear.from_linear(BiasScaleLinear(4, 4, scale_on), 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the layer is a LoRALinear"):
+        BiasLoRALinear.from_linear(LoRALinear(4, 4, 2, 1.0), 2, 1.0)
+    hooked = BiasScaleLinear(4, 4, "none")
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="BiasLoRALinear: the layer carries hooks"):
+        BiasLoRALinear.from_linear(hooked, 2, 1.0)
+    layer = BiasLoRALinear(4, 4, 2, 1.0)
+    with pytest.raises(RuntimeError, match="has a trained bias, for which its base may have no place"):
+        layer.merge()
+    assert not layer.merged
+    merged = LoRALinear(4, 4, 2, 1.0)
+    merged.merge()
+    with pytest.raises(RuntimeError, match=r"base_forward: the layer is merged"):
+        merged.base_forward(torch.randn(4))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.nn import QuantizedLinear, ZeroInitAttention
+from mmfast.nn import BiasScaleLinear, LoRALinear, QuantizedLinear, ZeroInitAttention
 from mmfast.ops import zero_init_attention
 
 HEADS, KV_HEADS, DIM, PROMPTS, HIDDEN = 4, 2, 8, 5, 48
@@ -297,3 +297,51 @@ def test_one_vector_for_all_prompts_reaches_every_word_alike() -> None:
     value = value.repeat_interleave(HEADS // KV_HEADS, 1)
     expected = layer() + layer.module.gate.tanh()[:, None, None] * value
     torch.testing.assert_close(layer(prompt_bias=bias), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_factor_on_all_gates_comes_after_the_activation(activation: Any, per_sample: bool) -> None:
+    layer = opened(gate_activation=activation, gate_scale=True)
+    assert layer.module.gate_scale is not None
+    options = {"prompted": torch.tensor([True, False])} if per_sample else {}
+    at_one = layer(**options)
+    nn.init.constant_(layer.module.gate_scale, -1.7)
+    found = layer(**options)
+    torch.testing.assert_close(found - layer.plain(), -1.7 * (at_one - layer.plain()), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert layer.module.gate_scale.grad is not None and layer.module.gate_scale.grad.any()
+    layer.module.reset_parameters()
+    assert layer.module.gate_scale.item() == 1.0 and torch.equal(layer(), layer.plain())
+    copied = ZeroInitAttention(HEADS, KV_HEADS, DIM, PROMPTS, HIDDEN, gate_scale=True)
+    copied.load_state_dict(layer.module.state_dict())
+    assert "gate_scale=True" in repr(copied)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_prompts_pass_by_adapters_where_they_are_to(training: bool, format: Any) -> None:
+    layer = opened(base_projections=True)
+    if format is not None:
+        layer.key_proj, layer.value_proj = (
+            QuantizedLinear.from_linear(proj, format) for proj in (layer.key_proj, layer.value_proj)
+        )
+    layer.module.train(training)
+    expected = layer.expected()
+    key, value = LoRALinear.from_linear(layer.key_proj, 2, 2.0), BiasScaleLinear.from_linear(layer.value_proj)
+    nn.init.normal_(key.lora_b)
+    nn.init.normal_(value.adapter_scale)  # type: ignore[arg-type]
+    layer.key_proj, layer.value_proj = key, value
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(layer(), expected)
+        layer.module.base_projections = False
+        layer.module.eval()  # forgets the keys and values
+        assert not torch.allclose(layer(), expected)
+
+
+def test_adapters_that_prompts_cannot_pass_by_are_refused() -> None:
+    layer = opened(base_projections=True)
+    assert "base_projections=True" in repr(layer.module)
+    layer.key_proj = nn.Sequential(layer.key_proj)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"pass by the adapters of the projections .* one is a Sequential"):
+        layer()

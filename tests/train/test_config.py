@@ -33,6 +33,7 @@ LLAMA_ADAPTER: dict[str, list[tuple[Any, ...]]] = {
     "llama-adapter-v1-7b-images": [("instruct_images", {9e-3}, 30, 12, 0.02)],
     "llama-adapter-v2-7b": [("joint", {1e-4, 1e-3}, 4, 1, 0.02)],
     "llama-adapter-v2-multimodal-7b": [("pretrain", {1e-4}, 3, 0.1, 0.05), ("finetune", {1e-3}, 4, 1, 0.02)],
+    "llama-adapter-v2-multimodal-lora-7b": [("pretrain", {1e-4}, 3, 0.1, 0.05), ("finetune_lora", {1e-3}, 4, 1, 0.02)],
 }
 
 

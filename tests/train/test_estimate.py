@@ -31,6 +31,10 @@ COUNTS: dict[str, dict[str, dict[str, int]]] = {
         "pretrain": {"connector": 60_460_800, "prompts": 1_269_760, "gates": 61_731_584 - 32 - 60_460_800 - 1_269_760},
         "finetune": {"norms": 266_240, "bias_scale": 1_363_968 - 266_240},
     },
+    "llama-adapter-v2-multimodal-lora-7b": {
+        "pretrain": {"connector": 60_460_800, "prompts": 1_269_760, "gates": 992},
+        "finetune_lora": {"norms": 266_240, "bias_scale": 1_363_968 - 266_240, "lora": 39_976_960},
+    },
     "llava-1.5-7b-pretrain": {"align": {"connector": 20_979_712}},
     "llava-1.5-lora": {"instruct_lora": {"connector": 20_979_712, "lora": 319_815_680}},
     "llava-1.5": {"instruct": {"connector": 20_979_712, "language_model": 6_738_415_616}},
