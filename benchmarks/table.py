@@ -1,4 +1,4 @@
-"""Rewrites the tables of measured ratios and of `mmfast compare` in README.md from benchmarks/results/cpu."""
+"""Rewrites the measured tables in README.md and docs/ from benchmarks/results/cpu."""
 
 from __future__ import annotations
 
@@ -65,6 +65,19 @@ def ratios() -> str:
     return "\n".join(lines)
 
 
+def plans() -> str:
+    """Planned over measured memory, one line for each stage of each recipe, one column for each policy."""
+    measured = json.loads((ROOT / "benchmarks/results/cpu/plan.json").read_text())
+    policies = list(dict.fromkeys(row["recompute"] for row in measured["rows"]))
+    lines = [f"| recipe, stage, dtype | {' | '.join(policies)} |", "|---" * (1 + len(policies)) + "|"]
+    found: dict[str, list[str]] = {}
+    for row in measured["rows"]:
+        name = f"{row['recipe']} {row['stage']} {row['dtype']}"
+        found.setdefault(name, []).append(f"{row['ratio']:.3f} of {row['measured'] / 1e6:.1f} MB")
+    lines += [f"| {name} | {' | '.join(ratios)} |" for name, ratios in found.items()]
+    return "\n".join([*lines, "", f"{origin('plan')}."])
+
+
 def replaced(text: str, mark: str, content: str) -> str:
     """`text` with `content` between its comments `mark` and `/mark`."""
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
@@ -77,6 +90,8 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text()
     readme = replaced(readme, "bench", ratios())
     (ROOT / "README.md").write_text(replaced(readme, "compare", markdown(compared["systems"])))
+    memory = ROOT / "docs/memory.md"
+    memory.write_text(replaced(memory.read_text(), "plan", plans()))
 
 
 if __name__ == "__main__":
