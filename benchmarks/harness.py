@@ -187,10 +187,10 @@ def report(op: str, rows: Sequence[dict[str, Any]], options: argparse.Namespace)
         notes = "".join(
             f"  {k} {v}" for k, v in row.items() if k not in ("case", "provider", "ms", "p20", "p80", "ratio")
         )
-        print(
-            f"  {row['case']:<44} {row['provider']:<22} {row['ms']:9.3f} ms  "
-            f"[{row['p20']:.3f}, {row['p80']:.3f}]  {row['ratio']:6.2f}x{notes}"
-        )
+        timing = ""  # of a row that says something else
+        if "ms" in row:
+            timing = f" {row['ms']:9.3f} ms  [{row['p20']:.3f}, {row['p80']:.3f}]  {row['ratio']:6.2f}x"
+        print(f"  {row['case']:<44} {row['provider']:<22}{timing}{notes}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         target = options.out / f"{op}.json"

@@ -25,6 +25,7 @@ SHOWN = (
     ("spatio_temporal_pool", "auto", ("forward 2x100", "both 2x100")),
     ("swiglu", "auto", ("forward 1024x", "both 1024x")),
     ("gated_residual", "auto", ("forward 1024x", "both 1024x")),
+    ("train", "mmfast", ("LoRA", "connector")),
     ("linear_cross_entropy", "mmfast:cpu", ("2048x", "1024x")),
     ("zero_init_attention", "auto", ("2x16x1024x64 P10", "1x32x512x128")),
 )

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmfast.adapt.optimize.source import unlike
 from mmfast.adapt.optimize.swiglu import MLP, MLP_FORWARD
 
-__all__ = ["POLICIES", "decoder_layers", "parse_policies", "policy_runs", "recompute"]
+__all__ = ["POLICIES", "decoder_layers", "is_recomputed", "parse_policies", "policy_runs", "recompute"]
 
 POLICIES = ("none", "product", "mlp", "full", "offload")
 # The policies under which an MLP has a forward of ours.
@@ -129,7 +129,7 @@ def policy_runs(text: str) -> list[tuple[str, int | None]]:
 def _check_mlp(name: str, layer: nn.Module, policy: str) -> None:
     mlp: Any = getattr(layer, "mlp", None)
     reason = "it has none" if mlp is None else None
-    if mlp is not None and not _is_ours(mlp):
+    if mlp is not None and not is_recomputed(mlp):
         if "forward" in mlp.__dict__:
             reason = "its forward was replaced on the instance"
         elif getattr(type(mlp), "_mmfast_replacement", None) is not MLP:
@@ -150,11 +150,12 @@ def _set(layer: Any, policy: str, offload: _Offload) -> None:
     mlp: Any = getattr(layer, "mlp", None)
     if policy in _IN_MLP:
         mlp.forward = MethodType(_forwards[policy], mlp)
-    elif mlp is not None and _is_ours(mlp):
+    elif mlp is not None and is_recomputed(mlp):
         del mlp.forward
 
 
-def _is_ours(mlp: nn.Module) -> bool:
+def is_recomputed(mlp: nn.Module) -> bool:
+    """Whether the module is an MLP under the policy "product" or "mlp"; it maps each position by itself, as before."""
     own = mlp.__dict__.get("forward")
     return getattr(own, "__func__", None) in _forwards.values()
 

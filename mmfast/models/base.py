@@ -5,6 +5,7 @@ The language model is held as transformers made it: it is fed `inputs_embeds` an
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmfast.adapt.optimize.last_layer import labelled_rows
 from mmfast.models.architectures import text_config_named, vision_config_named
 from mmfast.models.parts import absolute_name, resolve_language_model, text_config_of
 from mmfast.models.stages import LoraSpec, Stage, StagedModel
@@ -394,9 +396,13 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             logits = None if output_logits is False else output.logits
             return MultimodalOutput(logits=logits, past_key_values=output.get("past_key_values"))
         kwargs.setdefault("use_cache", False)
-        output = self.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        # The labels move instead of the hidden states: the last position of a row has no next token.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        decoder = self.get_decoder()
+        with nullcontext() if output_logits else labelled_rows(decoder, targets != IGNORE_INDEX, kwargs) as rows:
+            output = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         hidden = output.last_hidden_state
-        result = self._loss(hidden, labels, loss_reduction)
+        result = self._loss(hidden, targets if rows is None else targets[rows], loss_reduction)
         result.logits = self.get_output_embeddings()(hidden) if output_logits else None
         result.past_key_values = output.get("past_key_values")
         return result
@@ -477,13 +483,11 @@ class MultimodalModel(StagedModel, PreTrainedModel):
                 f"image has {each}; a multiple is accepted; truncate the text, never an image"
             )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> MultimodalOutput:
-        # The labels move instead of the hidden states: the last position of a row has no next token.
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> MultimodalOutput:
         weight = self.get_output_embeddings().weight
         result = cast(
             LossAndAccuracy,
-            linear_cross_entropy(hidden.flatten(0, 1), weight, targets, reduction=reduction, return_accuracy=True),
+            linear_cross_entropy(hidden.flatten(0, -2), weight, targets, reduction=reduction, return_accuracy=True),
         )
         return MultimodalOutput(result.loss, correct_tokens=result.correct, supervised_tokens=result.supervised)
 

@@ -194,7 +194,8 @@ def test_hooks_of_accelerate(before: bool) -> None:
     if before:
         add()
     report = mmfast.optimize(model)
-    assert report.left == []
+    # The hook of the last layer would not run if another module stood in for it.
+    assert [record.op for record in report.left] == ["loss"] * before
     if not before:
         add()
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)

@@ -98,18 +98,18 @@ def test_each_policy_keeps_less() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = with_lora(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), dropout=0.0)
     mmfast.optimize(model)
-    ids = torch.randint(0, 64, (2, 512))
+    ids = torch.randint(0, 64, (2, 520))  # swiglu runs its kernel from 2^18 elements on
     kept = []
     for policy in ("none", "product", "mlp", "full"):
         recompute(model, policy)
         model(input_ids=ids, labels=ids)  # what is allocated once is there afterwards
         kept.append(kept_bytes(lambda: model(input_ids=ids, labels=ids).loss))
     # The product is F floats a token and layer, gate and up are two more; what LoRA keeps instead was kept before.
-    matrix = 4 * 1024 * 256 * 4
+    matrix = 4 * 1040 * 256 * 4
     assert kept[0] - kept[1] == pytest.approx(matrix, rel=0.01)
     assert kept[1] - kept[2] == pytest.approx(2 * matrix, rel=0.01)
     # All that is left of a layer is its input, of C floats a token; then the last norm's, and the loss's gradient.
-    assert kept[3] == pytest.approx((4 + 2) * 1024 * 64 * 4, rel=0.1)
+    assert kept[3] == pytest.approx((4 + 2) * 1040 * 64 * 4, rel=0.1)
 
 
 def test_none_undoes_everything() -> None:

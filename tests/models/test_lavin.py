@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimized_models import watch
 from torch import Tensor, nn
 
 from mmfast.models import Lavin, LavinConfig
@@ -86,9 +87,13 @@ def test_gradients_equal_those_of_a_modality_token_in_the_sequence(tiny: Any, ch
     nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()).backward()
     if checkpointing:
         model.gradient_checkpointing_enable()
+    shapes = watch(model.get_decoder().layers[-1].mlp.down_proj)
     # Two graphs at once: nothing of the second may get into the recomputation of the first.
     losses = [model(**batch).loss for batch in (inputs, double(tiny.batch("right", (0, 1), seed=1)))]
     losses[0].backward()
+    # Only the two modality tokens, which have no label, go through the last MLP as sequences.
+    assert {shape[:-1] for shape in shapes if len(shape) == 3} == {(2, 1)}
+    assert any(len(shape) == 2 for shape in shapes)
     expected = {name: p.grad for name, p in reference.model.named_parameters() if p.requires_grad}
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert set(found) == set(expected)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimized_models import watch
 from torch.nn import functional as F
 from transformers import GenerationConfig, TextStreamer
 
@@ -92,6 +93,28 @@ def test_forward_loss_is_the_shifted_cross_entropy(tiny: Any, reduction: str, ti
     assert output.correct_tokens.item() == (logits.argmax(-1) == labels)[supervised].sum().item()
     assert not output.correct_tokens.requires_grad
     assert model(**inputs).logits is None
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_forward_computes_the_last_mlp_at_labels_alone(tiny: Any, adapted: bool, padding_side: str) -> None:
+    model = tiny.llava().double().train()
+    stage = Stage("both", "vicuna_v1", {"connector": 1e-3, "lora": 1e-4}, LoraSpec(rank=2, alpha=4, dropout=0.0))
+    model.set_stage(stage if adapted else model.stages()["instruct"])
+    inputs = tiny.batch(padding_side, IMAGES)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    last = model.get_decoder().layers[-1]
+    shapes = watch(last.mlp.down_proj)
+    gradients = []
+    for output_logits in (True, False):
+        model.zero_grad()
+        output = model(**inputs, output_logits=output_logits)
+        output.loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert shapes == [(*inputs["labels"].shape, 64), (output.supervised_tokens.item(), 64)]
+    assert model.get_decoder().layers[-1] is last
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(relative_error(gradients[1][name], truth) < 1e-12 for name, truth in gradients[0].items() if truth.any())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])

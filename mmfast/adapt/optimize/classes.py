@@ -7,7 +7,7 @@ of another package is changed: the subclass is known to its instances alone.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -54,11 +54,6 @@ def _rebuild(original: type[nn.Module], kind_name: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-def is_optimized(module: nn.Module) -> bool:
-    """Whether the module's class, or one that it was derived from since, is an optimised one."""
-    return hasattr(type(module), "_mmfast_replacement")
-
-
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Makes the module one of `cls`; accelerate's hooks keep the bound forward, which is changed likewise."""
     old: Any = type(module).forward
@@ -67,15 +62,6 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         bound = module.__dict__.get(name)
         if isinstance(bound, MethodType) and bound.__func__ is old:
             module.__dict__[name] = MethodType(cls.forward, module)
-
-
-def hides_forward(module: nn.Module) -> bool:
-    """Whether a forward on the instance is called instead of the class's; that of accelerate's hooks calls it."""
-    own = module.__dict__
-    called = own.get("_old_forward", own.get("forward"))
-    return called is not None and not (
-        isinstance(called, MethodType) and called.__func__ is cast(Any, type(module).forward)
-    )
 
 
 def restore(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ class _Adapter(NamedTuple):
     dropout: float
 
 
-def _is_lora(module: nn.Module) -> bool:
+def is_lora(module: nn.Module) -> bool:
     # A model with PEFT's layers has imported PEFT.
     peft = sys.modules.get("peft.tuners.lora.layer")
     return peft is not None and isinstance(module, peft.LoraLayer)
@@ -116,4 +116,4 @@ def _forward(original: type[nn.Module]) -> Forward:
     return forward
 
 
-LORA = Replacement("lora", "lora", _is_lora, _refuses_class, _refuses, _forward)
+LORA = Replacement("lora", "lora", is_lora, _refuses_class, _refuses, _forward)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapt.optimize.replacement import Forward, Replacement, is_bare_linear
+from mmfast.adapt.optimize.replacement import Forward, Replacement, is_bare_linear, is_optimized
 from mmfast.adapt.optimize.source import fingerprint, unlike
 from mmfast.ops.linear_cross_entropy import linear_cross_entropy
 
 # transformers/models/llama/modeling_llama.py (Mistral, Qwen2, Qwen3, Phi3 and others have the same) and
-# llava/modeling_llava.py: all arguments but two go to self.model, the logits are self.lm_head(hidden), the loss is
-# self.loss_function(logits). The fingerprint of the forward -> the class of what it returns.
+# {llava,llava_next}/modeling_*.py: all arguments but two go to self.model, the logits are self.lm_head(hidden), the
+# loss is self.loss_function(logits). The fingerprint of the forward -> the class of what it returns.
 FORWARDS = {
     "627f5362ed52d20e": "CausalLMOutputWithPast",
     "cbb444faee8e25bf": "LlavaCausalLMOutputWithPast",
+    "3b346e79ae07cd46": "LlavaNextCausalLMOutputWithPast",
     # transformers 5.11 and 5.17.
     "047ce9e0fa498a7b": "CausalLMOutputWithPast",
     "0d4b2465acd6488f": "LlavaCausalLMOutputWithPast",
+    "b8b5918f7bd38407": "LlavaNextCausalLMOutputWithPast",
 }
 
 
@@ -58,6 +61,8 @@ def _is_causal_lm_loss(function: Any) -> bool:
 def _forward(original: type[nn.Module]) -> Forward:
     from transformers.utils import can_return_tuple
 
+    from mmfast.adapt.optimize.last_layer import labelled_rows
+
     plain: Any = original.forward
     innermost: Any = inspect.unwrap(plain)
     names = list(inspect.signature(innermost).parameters)[1:]
@@ -72,37 +77,41 @@ def _forward(original: type[nn.Module]) -> Forward:
         labels = kwargs.get("labels")
         logits_to_keep = kwargs.get("logits_to_keep", 0)
         everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        # Asked at each call: all of it can change after the model was optimised.
-        if labels is None or not everything or _refuses(self) is not None:
+        # Asked at each call: all of it can change after the model was optimised, and who took its forward keeps it.
+        if labels is None or not everything or not is_optimized(self) or _refuses(self) is not None:
             return plain(self, **kwargs)
         del kwargs["labels"]
         kwargs.pop("logits_to_keep", None)
-        outputs = self.model(**kwargs)
+        targets, ignore_index = _targets(labels, **kwargs)
+        where = nullcontext() if output_logits else labelled_rows(self.model, targets != ignore_index, kwargs)
+        with where as rows:
+            outputs = self.model(**kwargs)
         hidden = outputs[0]
-        loss = _loss(hidden, self.lm_head.weight, labels, **kwargs)
+        if rows is not None:
+            targets = targets[rows.to(targets.device)]
+        loss = _loss(hidden, self.lm_head.weight, targets, ignore_index, kwargs.get("num_items_in_batch"))
         logits = self.lm_head(hidden) if output_logits else None
         return output_class(loss=loss, logits=logits, **{name: outputs.get(name) for name in fields})
 
     return forward
 
 
-def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """transformers/loss/loss_utils.py, ForCausalLMLoss; but the mean over no label is 0 and not NaN."""
+def _targets(
+    labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **_: Any
+) -> tuple[Tensor, int]:
+    """The label [B · L] of what follows each position, and which value is none."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(hidden.device)
+    return shift_labels.flatten(), ignore_index
+
+
+def _loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """transformers/loss/loss_utils.py, ForCausalLMLoss; but the mean over no label is 0 and not NaN."""
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets, ignore_index=ignore_index, reduction=reduction
-    )
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.to(hidden.device)
+    loss = linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:
         return cast(Tensor, loss)
     if isinstance(num_items_in_batch, torch.Tensor):
@@ -110,4 +119,12 @@ def _loss(
     return cast(Tensor, loss) / num_items_in_batch
 
 
-LOSS = Replacement("loss", "loss", _has_loss, _refuses_class, _refuses, _forward)
+def _misses(module: nn.Module) -> str | None:
+    from mmfast.adapt.optimize.last_layer import refusal
+
+    model: Any = module
+    reason = refusal(model.model)
+    return None if reason is None else f"its last layer computes unlabelled positions too: {reason}"
+
+
+LOSS = Replacement("loss", "loss", _has_loss, _refuses_class, _refuses, _forward, _misses)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 from torch import nn
 
 Forward = Callable[..., Any]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def never(module: nn.Module) -> None:
+    """Refuses no module."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Replacement:
         refuses_class: Why modules of a class keep their forward; None if they need not.
         refuses: Likewise of a single module, whose class is not refused.
         forward: From the original class to the new forward.
+        misses: What a module cannot have although it is replaced, and why; None if it has everything.
     """
 
     name: str
@@ -32,10 +38,7 @@ class Replacement:
     refuses_class: Callable[[type[nn.Module]], str | None]
     refuses: Callable[[nn.Module], str | None]
     forward: Callable[[type[nn.Module]], Forward]
-
-
-def never(module: nn.Module) -> None:
-    """Refuses no module."""
+    misses: Callable[[nn.Module], str | None] = never
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -49,3 +52,22 @@ def is_bare_linear(module: Any) -> bool:
     Not so for one that is adapted, quantised, sharded or offloaded: its weight is elsewhere until it is called.
     """
     return type(module) is nn.Linear and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one that it had before it was optimised."""
+    return getattr(type(module), "_mmfast_original", type(module))
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether the module's class, or one that it was derived from since, is an optimised one."""
+    return hasattr(type(module), "_mmfast_replacement")
+
+
+def hides_forward(module: nn.Module) -> bool:
+    """Whether a forward on the instance is called instead of the class's; that of accelerate's hooks calls it."""
+    own = module.__dict__
+    called = own.get("_old_forward", own.get("forward"))
+    return called is not None and not (
+        isinstance(called, MethodType) and called.__func__ is cast(Any, type(module).forward)
+    )

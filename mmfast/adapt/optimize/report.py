@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from mmfast.adapt.optimize.classes import is_optimized, restore_module
+from mmfast.adapt.optimize.classes import restore_module
+from mmfast.adapt.optimize.replacement import is_optimized
 
 # How many names a line of the report spells out.
 SHOWN = 2
@@ -31,7 +32,7 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A module that an op is meant for and that keeps its forward.
+    """A module that an op is meant for and that keeps its forward, or a part of what it does.
 
     Attributes:
         name: Its name in the model; "" is the model itself.

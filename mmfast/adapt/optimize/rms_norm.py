@@ -60,7 +60,7 @@ def _takes_residual(norm: nn.Module) -> bool:
     return replacement is NORM
 
 
-def _add_and_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_and_norm(norm: nn.Module, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """norm(residual + hidden), residual + hidden: one pass, unless a hook expects the norm to map a tensor."""
     if _takes_residual(norm) and not has_hooks(norm):
         return norm(hidden, residual)
@@ -88,7 +88,7 @@ def _layer_forward(original: type[nn.Module]) -> Forward:
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        normed, residual = _add_and_norm(self.post_attention_layernorm, attended, hidden_states)
+        normed, residual = add_and_norm(self.post_attention_layernorm, attended, hidden_states)
         return residual + self.mlp(normed)
 
     return forward

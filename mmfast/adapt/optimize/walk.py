@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from mmfast.adapt.optimize.classes import change_class, hides_forward, is_optimized, optimized_class
+from mmfast.adapt.optimize.classes import change_class, optimized_class
 from mmfast.adapt.optimize.kinds import KINDS
-from mmfast.adapt.optimize.replacement import Replacement
+from mmfast.adapt.optimize.replacement import Replacement, hides_forward, is_optimized
 from mmfast.adapt.optimize.report import Left, OptimizeReport, Replaced
 
 OPS = tuple(dict.fromkeys(kind.op for kind in KINDS))
@@ -24,7 +24,8 @@ def optimize(model: nn.Module, ops: Iterable[str] | None = None) -> OptimizeRepo
     | "rms_norm" | RMSNorm of the Llama family, with the addition before it in a decoder layer |
     | "swiglu" | the gated MLP with SiLU |
     | "rope" | the rotary embedding of queries and keys in an attention |
-    | "loss" | the loss of a causal (or LLaVA) model on `labels`: logits are None unless `output_logits=True` |
+    | "loss" | the loss of a causal (or LLaVA) model on `labels`: logits are None unless `output_logits=True`, and the
+    last decoder layer computes its output projection and MLP at labelled positions alone |
 
     Each replaced module becomes an instance of a subclass of its class that has the same name: no class, function or
     module of another package is changed, nor another model. A layer is known by the source of its class's forward; one
@@ -63,6 +64,9 @@ def optimize(model: nn.Module, ops: Iterable[str] | None = None) -> OptimizeRepo
             change_class(module, optimized_class(type(module), kind))
             replaced.append(Replaced(name, kind.op, class_name))
             references.append(weakref.ref(module))
+            missing = kind.misses(module)
+            if missing is not None:
+                left.append(Left(name, kind.op, class_name, missing))
     return OptimizeReport(type(model).__name__, chosen, replaced, left, references)
 
 
