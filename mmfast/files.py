@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +24,15 @@ __all__ = [
 ]
 
 
-def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """Has a file written under a temporary name, brings it to the disk and renames it into place.
 
     Args:
         path: The file to write. Its folder must exist; a file already there is replaced.
         write: Called with the temporary path. If it raises, what was at `path` stays.
+        shared: Whether others may write the same file at the same time; the last one stays.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}" if shared else f".tmp-{path.name}")
     try:
         write(temporary)
         with temporary.open("rb+") as file:

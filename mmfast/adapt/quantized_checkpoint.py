@@ -35,6 +35,8 @@ SLICE_ELEMENTS = 2**22
 # Files that hold weights, in whatever format; everything else in the folder is copied.
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# The entry of a quantised weight that tells its format.
+_FORMAT_OF: dict[str, Format] = {NF4_STATE: "nf4", "SCB": "int8"}
 _STATE_SUFFIXES = {name for kind in (("nf4", True), ("int8", False)) for name in state_names(*kind)} - {"weight"}
 
 
@@ -82,9 +84,7 @@ def quantize_checkpoint(
     if lacking:
         raise ValueError(f"quantize: {checkpoint.folder} lacks the weights {lacking[:8]}; was the download complete?")
     before = after = 0
-    # Without a terminal there is no bar.
-    progress = tqdm(total=elements, desc="quantising", unit=" weights", unit_scale=True, disable=None)
-    with _whole_folder(out) as folder, progress as bar:
+    with _whole_folder(out) as folder, _progress(elements) as bar:
         shards = _Shards(folder, max_shard_bytes)
         for key, model_key in names.items():
             with checkpoint.open(key) as file:
@@ -122,35 +122,44 @@ def quantize_command(
 
 
 def load_quantized(
-    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    format: Format | None = None,
 ) -> PreTrainedModel:
     """Opens what `quantize_checkpoint`, or transformers with bitsandbytes, wrote; never holding a dense weight.
+
+    With `format` a dense folder is opened too: its weights are quantised slice by slice while they are read, the same
+    layers to the same bits as `quantize_checkpoint` would write.
 
     Args:
         folder: The folder.
         dtype: Of everything that is not quantised, and so of the computation; by default that of the configuration.
         device: Where to put the model.
+        format: "nf4" or "int8": what the weights are to be in memory. None: what they are in the folder.
 
     Returns:
         The model, in evaluation mode, with every parameter frozen.
 
     Raises:
         FileNotFoundError: If the folder or its weights do not exist.
-        ValueError: If the folder is not quantised, a tensor is missing or does not fit.
+        ValueError: If the folder is not quantised and `format` is None, it is quantised to another format, a tensor is
+            missing or does not fit, or a weight cannot be quantised.
     """
     checkpoint = _Checkpoint("load_quantized", folder)
     model = _empty_model(checkpoint, dtype)
     names = _model_names("load_quantized", model, checkpoint)
     quantised: dict[str, dict[str, str]] = {}
     for name, entry in map(_split, names.values()):
-        if entry in ("SCB", NF4_STATE):
+        if entry in _FORMAT_OF:
             quantised[name] = {}
-    if not quantised:
+            _check_format(checkpoint, name, _FORMAT_OF[entry], format)
+    if not quantised and format is None:
         raise ValueError(
             f"load_quantized: {checkpoint.folder} holds no weight in NF4 or int8 under bitsandbytes' names; what "
-            "quantize_checkpoint writes is accepted; open others with transformers"
+            "quantize_checkpoint writes is accepted; open others with transformers, or say which format they shall have"
         )
-    dense = {}
+    dense: dict[str, str] = {}
     for key, model_key in names.items():
         name, entry = _split(model_key)
         if name in quantised and entry != "bias":
@@ -159,7 +168,10 @@ def load_quantized(
             dense[model_key] = key
     with torch.no_grad():
         for name, entries in quantised.items():
-            _fill_quantised(model, name, entries, checkpoint, device)
+            state = {entry: checkpoint.read(key, device) for entry, key in entries.items()}
+            _fill_quantised(model, name, state, checkpoint)
+        if format is not None and not quantised:
+            _fill_quantising(model, dense, checkpoint, device, format)
         unused = [key for model_key, key in dense.items() if not _fill_dense(model, model_key, key, checkpoint, device)]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     unused = [key for key in unused if not any(re.search(pattern, key) for pattern in ignored)]
@@ -407,9 +419,21 @@ def _dense_parts(model: nn.Module, chosen: set[str]) -> list[str]:
     return parts
 
 
-def _fill_quantised(
-    model: nn.Module, name: str, entries: dict[str, str], checkpoint: _Checkpoint, device: torch.device | str
-) -> None:
+def _progress(elements: int) -> Any:
+    # Without a terminal there is no bar.
+    return tqdm(total=elements, desc="quantising", unit=" weights", unit_scale=True, disable=None)
+
+
+def _check_format(checkpoint: _Checkpoint, name: str, found: Format, wanted: Format | None) -> None:
+    if wanted not in (None, found):
+        raise ValueError(
+            f"load_quantized: the weight of {name} in {checkpoint.folder} is quantised to {found}, but format is "
+            f"{wanted!r}; {found!r} or None is accepted; to have another format, open the dense model's folder"
+        )
+
+
+def _fill_quantised(model: nn.Module, name: str, state: dict[str, Tensor], checkpoint: _Checkpoint) -> None:
+    """Puts a layer with the quantised weight of these entries in the place of a linear one."""
     parent_name, _, child = name.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
@@ -421,7 +445,6 @@ def _fill_quantised(
             f"load_quantized: {checkpoint.folder} holds a quantised {name}, which in {type(model).__name__} is "
             f"{'missing' if linear is None else type(linear).__name__}; linear layers are accepted"
         )
-    state = {entry: checkpoint.read(key, device) for entry, key in entries.items()}
     shape = linear.out_features, linear.in_features
     layer = QuantizedLinear(shape[1], shape[0], bias=False, format="int8", device="meta")
     try:
@@ -430,6 +453,20 @@ def _fill_quantised(
         raise ValueError(f"load_quantized: the weight of {name} in {checkpoint.folder}: {error}") from error
     layer.bias = linear.bias
     parent._modules[child] = layer
+
+
+def _fill_quantising(
+    model: PreTrainedModel, keys: dict[str, str], checkpoint: _Checkpoint, device: torch.device | str, format: Format
+) -> None:
+    """Takes the weights that `quantize` would quantise out of `keys`, and quantises each while it is read."""
+    chosen = select_linears("load_quantized", model, None)
+    with _progress(sum(layer.weight.numel() for layer in chosen.values())) as bar:
+        # One that is in no file stays on the meta device, and is found missing.
+        for name in [name for name in chosen if f"{name}.weight" in keys]:
+            key = keys.pop(f"{name}.weight")
+            with checkpoint.open(key, device) as file:
+                weight, _ = _quantize_slices(name, file.get_slice(key), format, True, bar)
+            _fill_quantised(model, name, to_state(weight), checkpoint)
 
 
 def _fill_dense(model: nn.Module, name: str, key: str, checkpoint: _Checkpoint, device: torch.device | str) -> bool:

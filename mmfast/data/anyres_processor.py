@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data.anyres import Anyres
+from mmfast.data.features import Features
 from mmfast.data.images import image_size, load_image
 from mmfast.data.processor import Processor
 from mmfast.data.samples import ImagePart, MediaPart
@@ -120,12 +121,26 @@ class AnyresProcessor(Processor):
         pixels: Tensor = self.image_processor(images=views, return_tensors="pt")["pixel_values"]
         return TiledImage(pixels.to(torch.float32), size)
 
+    def load_medium(
+        self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str
+    ) -> TiledImage | Features:
+        """As in `Processor`; features come with the size of the image, which tells where they stand."""
+        medium: TiledImage | Features = super().load_medium(part, media_folder, sample_id)
+        if isinstance(medium, TiledImage):
+            return medium
+        return Features(medium.values, image_size(cast(ImagePart, part), media_folder, sample_id))
+
+    def preprocessing(self) -> str:
+        """As in `Processor`."""
+        return f"{self.anyres}, {super().preprocessing()}"
+
     def collate_media(self, media: Sequence[TiledImage]) -> dict[str, Tensor]:
-        """`pixel_values` float32 [all views, 3, S, S] and `image_sizes` int64 [images, 2], (height, width)."""
-        return {
-            "pixel_values": torch.cat([image.pixel_values for image in media]),
-            "image_sizes": torch.tensor([image.size for image in media]),
-        }
+        """`pixel_values` float32 [all views, 3, S, S]."""
+        return {"pixel_values": torch.cat([image.pixel_values for image in media])}
+
+    def collate_all(self, media: Sequence[TiledImage | Features]) -> dict[str, Tensor]:
+        """As in `Processor`, and `image_sizes` int64 [images, 2], (height, width), of all images."""
+        return {**super().collate_all(media), "image_sizes": torch.tensor([image.size for image in media])}
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the class beside tokenizer and image processor, the template by its name."""

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder on the disk: Video-ChatGPT's pickled files, and a cache of safetensors of our own."""
+"""Features of frozen encoders on the disk: a cache of safetensors of our own, and Video-ChatGPT's pickled files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,11 +70,20 @@ def read_pickled_features(path: Path, rows: int) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+class Features(NamedTuple):
+    """A medium as what the frozen parts of a model have made of it, in place of its pixels."""
+
+    values: Tensor
+    """[rows, P, D]: one row for an image, a video, or each view of an image in high resolution."""
+    size: tuple[int, int] | None = None
+    """Height and width of the image in pixels, in high resolution."""
+
+
 class FeatureCache:
     """Tensors by key, each a safetensors file that is written whole or not at all and checked when it is read.
 
     Args:
-        folder: made when the first tensor is written. Runs may share it.
+        folder: made when the first tensor is written. Runs and processes may share it.
         revision: what the tensors come from (weights, preprocessing); part of every key.
     """
 
@@ -87,33 +96,52 @@ class FeatureCache:
         name = hashlib.sha256(f"{self.revision}\n{key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
+    def holds(self, key: str) -> bool:
+        """Whether there is a file of `key` of the length that its header tells; a cut one is removed, as in `get`."""
+        return self._open(key, read=False) is not None
+
     def get(self, key: str) -> Tensor | None:
         """The tensor of `key`; None if there is none. One that is damaged is warned of, removed, and None too."""
-        path = self.path(key)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor("features")
-                checksum = (file.metadata() or {}).get("sha256")
-        except FileNotFoundError:
-            return None
-        except SafetensorError as error:
-            self._discard(path, str(error))
-            return None
-        if checksum == _sha256(tensor):
-            return tensor
-        self._discard(path, "its checksum does not fit")
+        found = self._open(key, read=True)
+        if found is None or found[1] == _sha256(found[0]):
+            return None if found is None else found[0]
+        self._discard(key, "its checksum does not fit")
         return None
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Writes the tensor of `key`."""
+        """Writes the tensor of `key`.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk.
+        """
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensor = tensor.detach().cpu().contiguous()
         metadata = {"format": "pt", "sha256": _sha256(tensor)}
-        replace_atomically(path, lambda temporary: save_file({"features": tensor}, temporary, metadata=metadata))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(path, lambda new: save_file({"features": tensor}, new, metadata=metadata), shared=True)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"feature cache: {path} cannot be written ({error}); a folder on a disk with room for the features of "
+                "all media is accepted; what is there stays valid; make room and start again, choose another folder, "
+                "or set feature_cache to null"
+            ) from error
 
-    def _discard(self, path: Path, reason: str) -> None:
-        warnings.warn(f"feature cache: {path} is damaged ({reason}); it is removed and made again", stacklevel=3)
+    def _open(self, key: str, read: bool) -> tuple[Tensor, str | None] | None:
+        """The tensor of `key`, empty if it is not to be read, and its checksum."""
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                tensor = file.get_tensor("features") if read else file.get_slice("features")[:0]
+                return tensor, (file.metadata() or {}).get("sha256")
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            self._discard(key, str(error))
+            return None
+
+    def _discard(self, key: str, reason: str) -> None:
+        path = self.path(key)
+        warnings.warn(f"feature cache: {path} is damaged ({reason}); it is removed and made again", stacklevel=4)
         path.unlink(missing_ok=True)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,14 @@ def _opened(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample
             f"sample '{sample_id}': cannot read image '{source}': {type(error).__name__}: {error}; expected an image "
             "that Pillow opens; replace it or remove the sample"
         ) from error
+
+
+def image_digest(images: Iterable[Image]) -> str:
+    """A hash of the sizes and the RGB pixels of images."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr(image.size).encode() + image.convert("RGB").tobytes())
+    return digest.hexdigest()
 
 
 def pad_to_square(image: Image, mean: Sequence[float]) -> Image:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from mmfast.data.images import load_image, pad_to_square
+from mmfast.data.features import FeatureCache, Features
+from mmfast.data.images import image_digest, load_image, pad_to_square, resolve_media
 from mmfast.data.samples import ImagePart, MediaPart, Sample, content_parts, validate_sample, with_media_first
 from mmfast.data.templates import AnyPiece, ControlPiece, MediaPiece, Piece, Template, get_template
 
@@ -34,7 +35,7 @@ class Encoded:
         id: of the sample.
         input_ids: each medium is so many times the image token as it has features.
         labels: as long as `input_ids`; the token itself where supervised, else -100. The model shifts them.
-        media: what `Processor.read_media` made of each medium, in order; for images float32 [3, H, W].
+        media: what `Processor.load_medium` made of each medium, in order; for images float32 [3, H, W].
         media_tokens: tokens of each medium, in order.
     """
 
@@ -54,7 +55,8 @@ class Processor:
     """Turns samples into batches for one language model, one image encoder and one conversation template.
 
     A system whose media are not single images of one size derives from it and overrides `media_kinds`,
-    `count_media`, `read_media`, `collate_media` and, for what it is set to, `adjustable` and `settings`.
+    `count_media`, `read_media`, `collate_media` and, for what it is set to, `adjustable`, `settings` and
+    `preprocessing`.
 
     The text between two media is tokenised as one string. A token is supervised if its first character is; the
     character offsets of the tokenizer tell, so the labels do not depend on how a tokenizer splits pieces of text.
@@ -88,6 +90,8 @@ class Processor:
     """Types of the parts of a sample that it reads."""
     adjustable: ClassVar[tuple[str, ...]] = ("max_length", "pad_to_square", "media_first")
     """Attributes that may change after it was made; a trained model keeps them."""
+    cache: FeatureCache | None = None
+    """Where features of media are that take the place of their pixels; see `CachingModel.fill_feature_cache`."""
 
     def __init__(
         self,
@@ -191,7 +195,7 @@ class Processor:
         if len(input_ids) > self.max_length:
             self._check_cut(len(input_ids), end_of_media, add_generation_prompt, where)
             input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
-        media = [self.read_media(part, media_folder, sample["id"]) for part in parts] if load_media else []
+        media = [self.load_medium(part, media_folder, sample["id"]) for part in parts] if load_media else []
         return Encoded(sample["id"], input_ids, labels, media, media_tokens)
 
     def count_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> int:
@@ -214,9 +218,57 @@ class Processor:
         pixels: Tensor = self.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
         return pixels.to(torch.float32)
 
+    def load_medium(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Any:
+        """What `read_media` makes of a medium or, where the cache has them, its `Features`.
+
+        Raises:
+            ValueError: as `read_media`.
+        """
+        key = None if self.cache is None else self.cache_key(part, media_folder, sample_id)
+        found = None if self.cache is None or key is None else self.cache.get(key)
+        return self.read_media(part, media_folder, sample_id) if found is None else Features(found)
+
+    def cache_key(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> str | None:
+        """What tells a medium from others: a file's path, size and time of change; the pixels of one in memory.
+
+        None: its features are not to be cached.
+
+        Raises:
+            ValueError: as `read_media`, of a path.
+        """
+        kind = part["type"]
+        source = cast(Any, part)[kind]
+        if not isinstance(source, str):
+            return self._key_in_memory(part, sample_id)
+        path = resolve_media(source, media_folder, sample_id, kind)
+        status = path.stat()
+        return f"{path}\n{status.st_size}\n{status.st_mtime_ns}"
+
+    def _key_in_memory(self, part: MediaPart, sample_id: str) -> str:
+        return image_digest([load_image(cast(ImagePart, part), None, sample_id)])
+
+    def preprocessing(self) -> str:
+        """What decides the pixels of a medium beside itself; part of the revision of a cache."""
+        return f"pad_to_square {self.pad_to_square}, {self.image_processor.to_json_string()}"
+
     def collate_media(self, media: Sequence[Any]) -> dict[str, Tensor]:
-        """The media of a whole batch, at least one, in order, as arguments of the model."""
+        """What `read_media` made of the media of a batch, at least one, in order, as arguments of the model."""
         return {"pixel_values": torch.stack(list(media))}
+
+    def collate_all(self, media: Sequence[Any]) -> dict[str, Tensor]:
+        """The media of a whole batch, at least one: those that were read, and `Features`.
+
+        Returns:
+            What `collate_media` makes of the former; and, if there are any of the latter, their rows `features`
+            [rows, P, D] and `has_features` bool [n], which media these are.
+        """
+        read = [medium for medium in media if not isinstance(medium, Features)]
+        features = [medium.values for medium in media if isinstance(medium, Features)]
+        batch = self.collate_media(read) if read else {}
+        if features:
+            batch["features"] = torch.cat(features)
+            batch["has_features"] = torch.tensor([isinstance(medium, Features) for medium in media])
+        return batch
 
     def collate(
         self, encoded: Sequence[Encoded], padding_side: Literal["left", "right"] = "right"
@@ -229,7 +281,7 @@ class Processor:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`: int64 [B, L]; and, only if there is a medium, what
-            `collate_media` makes of all media in order: for images `pixel_values`, float32 [num_images, 3, H, W].
+            `collate_all` makes of all media in order: for images `pixel_values`, float32 [num_images, 3, H, W].
 
         Raises:
             ValueError: no samples, an unknown side, or a sample whose media do not match its image tokens.
@@ -259,7 +311,7 @@ class Processor:
             batch["attention_mask"][row, place] = 1
             batch["labels"][row, place] = torch.tensor(item.labels)
         media = [medium for item in encoded for medium in item.media]
-        return batch | (self.collate_media(media) if media else {})
+        return batch | (self.collate_all(media) if media else {})
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the class beside tokenizer and image processor, the template by its name."""

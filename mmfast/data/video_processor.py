@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfast.data.features import FeatureCache, read_pickled_features
-from mmfast.data.images import resolve_media
+from mmfast.data.features import Features, read_pickled_features
+from mmfast.data.images import image_digest, resolve_media
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import MediaPart, Sample, VideoPart
 from mmfast.data.templates import Template, get_template
@@ -30,8 +29,7 @@ _OF_IMAGES = ("pad_to_square", "media_first")
 class VideoProcessor(Processor):
     """Reads videos: `num_frames` frames each, squashed to the encoder's square as published.
 
-    A video whose name ends in `.pkl` is a file of pooled features, see `read_pickled_features`. With a `cache`, the
-    features of a video that are in it take the place of its frames.
+    A video whose name ends in `.pkl` is a file of pooled features, see `read_pickled_features`.
 
     Args:
         tokenizer: as in `Processor`, with the next two.
@@ -61,7 +59,6 @@ class VideoProcessor(Processor):
         super().__init__(tokenizer, image_processor, template, image_token, tokens_per_image, max_length)
         self.num_frames = num_frames
         self.chat_template = chat_template
-        self.cache: FeatureCache | None = None
         self.side: int = image_processor.crop_size["height"]
 
     def settings(self) -> dict[str, Any]:
@@ -83,64 +80,40 @@ class VideoProcessor(Processor):
         asking.template, asking.chat_template = get_template(self.chat_template), None
         return asking.encode(sample, add_generation_prompt, media_folder, load_media)
 
-    def read_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Tensor:
-        """A video: float32 frames [t, 3, S, S], or float32 features [rows, D] of a file or the cache.
+    def read_media(
+        self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str
+    ) -> Tensor | Features:
+        """A video: float32 frames [t, 3, S, S], or the features of a file.
 
         Raises:
             ValueError: as `load_video` or `read_pickled_features`, naming the sample.
         """
-        video = cast(VideoPart, part)
-        source = video["video"]
-        if isinstance(source, str) and source.endswith(FEATURE_FILE):
-            path = resolve_media(source, media_folder, sample_id, "video")
+        if _is_feature_file(part):
+            path = resolve_media(cast(Any, part)["video"], media_folder, sample_id, "video")
             try:
                 # Without the start and the end, which are the model's own.
-                return read_pickled_features(path, self.tokens_per_image - 2)
+                return Features(read_pickled_features(path, self.tokens_per_image - 2)[None])
             except ValueError as error:
                 raise ValueError(f"sample '{sample_id}': {error}") from error
-        if self.cache is not None:
-            features = self.cache.get(self.cache_key(video, media_folder, sample_id))
-            if features is not None:
-                return features.float()
+        video = cast(VideoPart, part)
         frames = cast("list[Image]", load_video(video, media_folder, sample_id, self.num_frames, self._squash))
         pixels: Tensor = self.image_processor(images=frames, return_tensors="pt")["pixel_values"]
         return pixels.to(torch.float32)
 
     def collate_media(self, media: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The videos of a batch in order.
+        """`pixel_values` float32 [all frames, 3, S, S] and `frame_counts` int64 [n], how many are of each video."""
+        return {"pixel_values": torch.cat(list(media)), "frame_counts": torch.tensor([len(video) for video in media])}
 
-        Returns:
-            `frame_counts` int64 [n], 0 for a video that is given by its features; `pixel_values` float32 [sum of
-            frame_counts, 3, S, S] and `video_features` float32 [m, rows, D], each if there are such videos.
-        """
-        frames = [medium for medium in media if medium.dim() == 4]
-        features = [medium for medium in media if medium.dim() == 2]
-        batch = {"frame_counts": torch.tensor([len(medium) if medium.dim() == 4 else 0 for medium in media])}
-        if frames:
-            batch["pixel_values"] = torch.cat(frames)
-        if features:
-            batch["video_features"] = torch.stack(features)
-        return batch
+    def cache_key(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> str | None:
+        """As in `Processor`; None for a file of features."""
+        return None if _is_feature_file(part) else super().cache_key(part, media_folder, sample_id)
 
-    def cache_key(self, part: VideoPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> str:
-        """What tells a video from others: a file's path, size and time of change; the content of frames in memory.
-
-        Raises:
-            ValueError: as `load_video`, of a path.
-        """
-        source = part["video"]
-        if isinstance(source, str):
-            path = resolve_media(source, media_folder, sample_id, "video")
-            status = path.stat()
-            return f"{path}\n{status.st_size}\n{status.st_mtime_ns}"
-        digest = hashlib.sha256()
-        for index in frame_indices(len(source), self.num_frames):
-            image = source[index].convert("RGB")
-            digest.update(repr(image.size).encode() + image.tobytes())
-        return digest.hexdigest()
+    def _key_in_memory(self, part: MediaPart, sample_id: str) -> str:
+        frames = cast(Any, part)["video"]
+        return image_digest(frames[index] for index in frame_indices(len(frames), self.num_frames))
 
     def preprocessing(self) -> str:
-        """What decides a video's pixels beside the video, for the revision of a cache."""
+        """As in `Processor`."""
         return f"{self.num_frames} frames, nearest to {self.side}, {self.image_processor.to_json_string()}"
 
     def _squash(self, frame: Image) -> Image:
@@ -156,3 +129,8 @@ class VideoProcessor(Processor):
         pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None]
         squashed = F.interpolate(pixels, size=(self.side, self.side), mode="nearest")
         return PIL.Image.fromarray(squashed[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def _is_feature_file(part: MediaPart) -> bool:
+    source = cast(Any, part)["video"]
+    return isinstance(source, str) and source.endswith(FEATURE_FILE)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mmfast.adapt import dequantize
 from mmfast.adapt.optimize.last_layer import labelled_rows
 from mmfast.models.architectures import text_config_named, vision_config_named
+from mmfast.models.feature_cache import FEATURE_INPUTS, CachingModel
 from mmfast.models.parts import absolute_name, resolve_language_model, text_config_of
-from mmfast.models.stages import LoraSpec, Stage, StagedModel
+from mmfast.models.stages import LoraSpec, Stage
 from mmfast.models.trained import find_trained, read_description, read_shapes, read_state
 from mmfast.ops import linear_cross_entropy
 from mmfast.ops.linear_cross_entropy import LossAndAccuracy
@@ -49,12 +51,13 @@ class MultimodalOutput(ModelOutput):
     """The language model's cache, where one was asked for."""
 
 
-class MultimodalModel(StagedModel, PreTrainedModel):
+class MultimodalModel(CachingModel, PreTrainedModel):
     """Encoder → connector → language model, with what the training loop and the generation need.
 
     A system derives from it, says what it is called and how it is described (the class attributes), builds itself
     in `from_parts` and returns its published `stages`. One whose features are not those of single images through the
-    connector overrides `media_features`.
+    connector overrides `media_features`; one of which other parts than the encoder are frozen, `frozen_features` and
+    `cached_parts`.
 
     Args:
         config: Configuration with `image_token_id` and `text_config`.
@@ -77,7 +80,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
     original_options: ClassVar[tuple[str, ...]] = ()
     """Further arguments of `from_original`: what a published checkpoint does not tell."""
     media_inputs: tuple[str, ...] = ("pixel_values",)
-    """Arguments of `forward`, `embed` and `generate` that hold media."""
+    """Arguments of `forward`, `embed` and `generate` that hold media; they take `FEATURE_INPUTS` in their place."""
 
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -109,7 +112,8 @@ class MultimodalModel(StagedModel, PreTrainedModel):
     def from_parts(cls, llm: str | Path, encoder: str | Path, *args: Any, **settings: Any) -> Self:
         """Puts fresh parts between a pretrained language model and a pretrained encoder.
 
-        Takes `dtype` and, by their names, what `settings` and further `bases` list.
+        Takes `dtype`, `base_dtype` (see `open_language_model`) and, by their names, what `settings` and further
+        `bases` list.
         """
         raise NotImplementedError(f"{cls.__name__} does not say how it is built")
 
@@ -214,6 +218,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             **self.base_names,
             **{name: getattr(self.config, name) for name in self.settings},
             "dtype": str(self.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            "base_dtype": self.base_dtype,
         }
         if self.processor is not None:
             description["template"] = self.processor.template.name
@@ -244,7 +249,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         )
         cls.check_shapes(where, read_shapes(folder), *widths)
         # A run of an earlier release lacks the settings that are newer than it.
-        chosen = {name: description[name] for name in cls.settings if name in description}
+        chosen = {name: description[name] for name in ("base_dtype", *cls.settings) if name in description}
         model = cls._rebuild(names, dtype or getattr(torch, description["dtype"]), chosen)
         for name, value in description.get("processor", {}).items():
             setattr(model.processor, name, value)
@@ -252,6 +257,9 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             lora = description["lora"]
             model.add_lora(LoraSpec(**{**lora, "targets": tuple(lora["targets"])}))
         model.trained_parts = set(description["trained"])
+        if "language_model" in model.trained_parts:
+            # A LoRA that was merged, which has made a dense model of a quantised one.
+            dequantize(model.language_model, model.get_input_embeddings().weight.dtype)
         model.load_trained_state(read_state(folder))
         return model.eval()
 
@@ -287,6 +295,9 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         name = "activation_checkpointing_enable"
         model = self.language_model
         (getattr(model, name, None) or model.gradient_checkpointing_enable)(options, **kwargs)
+        # The same form needs embeddings with a gradient, which transformers sees to; here they would only make every
+        # layer below what trains keep its input and be run backward.
+        model.disable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps all activations again."""
@@ -294,14 +305,21 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         model = self.language_model
         (getattr(model, name, None) or model.gradient_checkpointing_disable)()
 
-    def media_features(self, pixel_values: Tensor) -> Tensor:
+    def media_features(
+        self, pixel_values: Tensor | None = None, features: Tensor | None = None, has_features: Tensor | None = None
+    ) -> Tensor:
         """Maps all media of a batch, at least one, to [N, C]: their features in order, the connector's included.
 
-        Its parameters are `media_inputs`; here `pixel_values` [n, 3, H, W] gives n · P rows.
+        Its parameters are `media_inputs` and `FEATURE_INPUTS`.
+
+        Args:
+            pixel_values: [n, 3, H, W] float, which give n · P rows.
+            features: [m, P, D], what `frozen_features` made of m further media.
+            has_features: bool [n + m], which media these are.
         """
-        features = self.encoder(pixel_values)
-        weight = next(self.connector.parameters(), features)
-        return self.connector(features.to(weight.device, weight.dtype)).flatten(0, -2)
+        found = self._all_features(features, has_features, pixel_values=pixel_values)
+        weight = next(self.connector.parameters(), found)
+        return self.connector(found.to(weight.device, weight.dtype)).flatten(0, -2)
 
     @property
     def features_per_medium(self) -> int | None:
@@ -352,7 +370,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
         features = self.media_features(**given) if given else None
         self._check_media_tokens(is_media, 0 if features is None else len(features))
         if features is None:
-            return self._tied_to_trained(embeds)
+            return embeds
         return embeds.masked_scatter(is_media.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
     def forward(
@@ -388,12 +406,14 @@ class MultimodalModel(StagedModel, PreTrainedModel):
                 f"{', '.join(self.media_inputs)} {'given' if media else 'missing'}; accepted are input_ids with or "
                 "without media, or inputs_embeds alone"
             )
+        text_alone = inputs_embeds is None and not any(len(value) for value in media.values())
+        tied = self._tied_to_trained if text_alone else _untied
         if inputs_embeds is None:
             inputs_embeds = self.embed(cast(Tensor, input_ids), **media)
         _add_position_ids(kwargs, attention_mask, inputs_embeds)
         if labels is None:
             output = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
-            logits = None if output_logits is False else output.logits
+            logits = None if output_logits is False else tied(output.logits)
             return MultimodalOutput(logits=logits, past_key_values=output.get("past_key_values"))
         kwargs.setdefault("use_cache", False)
         # The labels move instead of the hidden states: the last position of a row has no next token.
@@ -403,6 +423,7 @@ class MultimodalModel(StagedModel, PreTrainedModel):
             output = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         hidden = output.last_hidden_state
         result = self._loss(hidden, targets if rows is None else targets[rows], loss_reduction)
+        result.loss = tied(cast(Tensor, result.loss))
         result.logits = self.get_output_embeddings()(hidden) if output_logits else None
         result.past_key_values = output.get("past_key_values")
         return result
@@ -452,20 +473,21 @@ class MultimodalModel(StagedModel, PreTrainedModel):
 
     def _take_media(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Takes the media out of `kwargs`."""
-        media = {name: kwargs.pop(name, None) for name in self.media_inputs}
+        media = {name: kwargs.pop(name, None) for name in (*self.media_inputs, *FEATURE_INPUTS)}
         return {name: value for name, value in media.items() if value is not None}
 
-    def _tied_to_trained(self, embeds: Tensor) -> Tensor:
-        """The same values, on which what trains outside the language model has a gradient: zero, but not absent.
+    def _tied_to_trained(self, result: Tensor) -> Tensor:
+        """The same values, of which what trains outside the language model has a gradient: zero, but not absent.
 
         Without it a batch of text alone has no graph in the stage that trains only the connector, and
-        processes that train together would disagree on which parameters have gradients.
+        processes that train together would disagree on which parameters have gradients. It is the end that is tied,
+        not the embeddings, so that nothing below what trains is kept.
         """
         if torch.is_grad_enabled():
             for name, parameter in self.named_parameters():
                 if parameter.requires_grad and not name.startswith("language_model."):
-                    embeds = embeds + parameter.flatten()[:0].sum().to(embeds)
-        return embeds
+                    result = result + parameter.flatten()[:0].sum().to(result)
+        return result
 
     def _check_media_tokens(self, is_media: Tensor, available: int) -> None:
         tokens = is_media.sum(-1).tolist()
@@ -523,6 +545,10 @@ def _add_position_ids(kwargs: dict[str, Any], attention_mask: Tensor | None, inp
         return
     positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     kwargs["position_ids"] = positions[:, -inputs_embeds.shape[1] :]
+
+
+def _untied(result: Tensor) -> Tensor:
+    return result
 
 
 def _given(value: Tensor | None) -> str:

@@ -176,6 +176,7 @@ class Lavin(MultimodalModel):
 
     config_class = LavinConfig
     system = "lavin"
+    no_feature_cache = "adapters train inside its encoder"
     parts = ("encoder", "vision_adapters", "connector", "modality", "adapters", "language_model", "lora")
     # What stands before the up-projections, which begin at zero, and the modality token that routes.
     zero_at_first = ("*.lora_a", "*.down_weight", "*.down_bias", "*.router_weight", "*.router_bias", "modality.weight")
@@ -230,6 +231,7 @@ class Lavin(MultimodalModel):
         encoder: str | Path,
         dtype: torch.dtype = torch.float32,
         *,
+        base_dtype: str | None = None,
         template: str = "lavin",
         **settings: Any,
     ) -> Lavin:
@@ -240,6 +242,7 @@ class Lavin(MultimodalModel):
                 wrote, or "world" for the shipped one.
             encoder: Folder of a CLIP model with its image processor, or "world" for the shipped one.
             dtype: Dtype of the two pretrained models; what trains is made in float32.
+            base_dtype: Format of the language model's frozen linear layers, see `open_language_model`.
             template: Name of the conversation template to chat with.
             **settings: Arguments of `LavinConfig`, from `vision_blocks` to `dropout`.
 
@@ -257,7 +260,7 @@ class Lavin(MultimodalModel):
         processor = _open_processor(llm_folder, encoder_folder, config)
         config.image_token_id = processor.image_token_id
         vision = ClipEncoder.from_pretrained(encoder_folder, max(config.vision_blocks), select="full", dtype=dtype)
-        model = cls(config, vision, open_language_model(llm_folder, dtype), processor)
+        model = cls(config, vision, open_language_model(llm_folder, dtype, base_dtype), processor)
         model.name_bases(llm=llm, encoder=encoder)
         return model
 
@@ -307,7 +310,7 @@ class Lavin(MultimodalModel):
         """Visual tokens of an image."""
         return len(self.config.vision_blocks)
 
-    def media_features(self, pixel_values: Tensor) -> Tensor:
+    def media_features(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """Maps images [n, 3, S, S] to [n · scales, C], with gradients for the adapters in the encoder."""
         tower = self.encoder.tower
         weight = next(tower.parameters())

@@ -303,7 +303,13 @@ class LlamaAdapter(MultimodalModel):
 
     @classmethod
     def from_parts(
-        cls, llm: str | Path, encoder: str | Path, dtype: torch.dtype = torch.float32, **settings: Any
+        cls,
+        llm: str | Path,
+        encoder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        base_dtype: str | None = None,
+        **settings: Any,
     ) -> LlamaAdapter:
         """Puts fresh prompts and a fresh visual branch on a pretrained language model and vision tower.
 
@@ -311,6 +317,7 @@ class LlamaAdapter(MultimodalModel):
             llm: Folder of a causal language model with its tokenizer, or "world" for the shipped one.
             encoder: Folder of a CLIP model with its image processor, or "world" for the shipped one.
             dtype: Dtype of the two pretrained models; what trains is float32.
+            base_dtype: Format of the language model's frozen linear layers, see `open_language_model`.
             **settings: Arguments of `LlamaAdapterConfig`, such as `version`.
 
         Raises:
@@ -325,7 +332,7 @@ class LlamaAdapter(MultimodalModel):
                 f"{', '.join(cls.settings)}"
             )
         llm_folder, encoder_folder = resolve_language_model(llm), ClipEncoder.resolve(encoder)
-        language_model = open_language_model(llm_folder, dtype)
+        language_model = open_language_model(llm_folder, dtype, base_dtype)
         config = LlamaAdapterConfig(language_model.config, vision_config_named(encoder_folder), **settings)
         form = FORMS[config.version]
         tower = form.encoder.from_pretrained(encoder_folder, *_encoder_options(config), dtype=dtype)
@@ -455,20 +462,18 @@ class LlamaAdapter(MultimodalModel):
         """As in `MultimodalModel`; images have no place in the text."""
         return {**super().example_media(count)[0], "media_rows": torch.arange(count)}, 0
 
-    def media_features(self, pixel_values: Tensor, media_rows: Tensor | None = None) -> Tensor:
-        """The prompts of all images, [n · P, C]; they never stand among the text's embeddings."""
-        features = self.encoder(pixel_values)
-        weight = next(self.connector.parameters())
-        prompts: Tensor = self.connector(features.to(weight.device, weight.dtype))
-        return prompts.flatten(0, 1)
-
     @property
     def features_per_medium(self) -> int:
         """Prompts of an image."""
         return self.config.visual_length
 
     def visual_prompts(
-        self, batch_size: int, pixel_values: Tensor | None = None, media_rows: Tensor | None = None
+        self,
+        batch_size: int,
+        pixel_values: Tensor | None = None,
+        media_rows: Tensor | None = None,
+        features: Tensor | None = None,
+        has_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What the images of a batch give to attention, as arguments of `mmfast.adapt.prompts.attend`.
 
@@ -476,32 +481,37 @@ class LlamaAdapter(MultimodalModel):
             batch_size: B.
             pixel_values: [n, 3, H, W] float; None where there are no images.
             media_rows: [n] int64, the row of the batch that each image belongs to; different rows.
+            features: As in `media_features`, of images that have no pixels.
+            has_features: bool [n], as there.
 
         Raises:
             ValueError: If the rows do not belong to the images or the batch.
         """
+        of_images = pixel_values if has_features is None else has_features
         rows = [] if media_rows is None else media_rows.tolist()
-        images = 0 if pixel_values is None else len(pixel_values)
+        images = 0 if of_images is None else len(of_images)
         if len(rows) != images or len(set(rows)) < images or any(not 0 <= row < batch_size for row in rows):
             raise ValueError(
                 f"{type(self).__name__}: pixel_values has {images} images and media_rows is {rows}, in a batch of "
                 f"{batch_size}; a row of its own for each image is accepted; let the processor collate the batch"
             )
-        if pixel_values is None:
-            size = self.config.vision_config.image_size
-            pixel_values = next(self.encoder.parameters()).new_empty(0, 3, size, size)
-        if self.config.blank_image and images < batch_size:
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(1, *pixel_values.shape[1:])])
-        if not len(pixel_values):
+        blank = self.config.blank_image and images < batch_size
+        if not images and not blank:
             return {}
-        features = self.media_features(pixel_values).unflatten(0, (len(pixel_values), -1))
+        if blank:
+            size = self.config.vision_config.image_size
+            weight = next(self.encoder.parameters())
+            given = weight.new_empty(0, 3, size, size) if pixel_values is None else pixel_values
+            pixel_values = torch.cat([given, given.new_zeros(1, *given.shape[1:])])
+            has_features = None if has_features is None else torch.cat([has_features, has_features.new_zeros(1)])
+        found = self.media_features(pixel_values, features, has_features).unflatten(0, (images + blank, -1))
         # A row without an image has the blank one's prompts, or adds zero, exactly.
-        rest = features[images:] if len(features) > images else torch.zeros_like(features[:1])
-        media_rows = torch.tensor(rows, dtype=torch.long, device=features.device)
-        prompts = rest.repeat(batch_size, 1, 1).index_copy(0, media_rows, features[:images])
+        rest = found[images:] if blank else torch.zeros_like(found[:1])
+        media_rows = torch.tensor(rows, dtype=torch.long, device=found.device)
+        prompts = rest.repeat(batch_size, 1, 1).index_copy(0, media_rows, found[:images])
         if FORMS[self.config.version].fusion == "add":
             return {"prompt_bias": prompts}
-        prompted = torch.zeros(batch_size, dtype=torch.bool, device=features.device).index_fill(0, media_rows, True)
+        prompted = torch.zeros(batch_size, dtype=torch.bool, device=found.device).index_fill(0, media_rows, True)
         return {"sample_prompts": prompts, "prompted": prompted}
 
     def forward(  # type: ignore[override]

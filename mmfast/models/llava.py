@@ -165,6 +165,7 @@ class Llava(MultimodalModel):
         connector: str = "mlp2x_gelu",
         dtype: torch.dtype = torch.float32,
         *,
+        base_dtype: str | None = None,
         vision_feature_layer: int = -2,
         vision_feature_select_strategy: str = "default",
         template: str = "vicuna_v1",
@@ -179,6 +180,7 @@ class Llava(MultimodalModel):
             encoder: Folder of a CLIP model with its image processor, or "world" for the shipped one.
             connector: Kind of connector, see `mmfast.connectors.build_connector`; it is made in float32.
             dtype: Dtype of the two pretrained models.
+            base_dtype: Format of the language model's frozen linear layers, see `open_language_model`.
             vision_feature_layer: Index of the tower's hidden states that become features.
             vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
             template: Name of the conversation template to chat with.
@@ -210,7 +212,7 @@ class Llava(MultimodalModel):
         )
         processor = open_processor(llm_folder, encoder_folder, template, vision.num_patches, **_processing(config))
         _check_tiles("Llava.from_parts", processor, anyres)
-        language_model = open_language_model(llm_folder, dtype)
+        language_model = open_language_model(llm_folder, dtype, base_dtype)
         config.text_config, config.vision_config = language_model.config, vision.config
         config.image_token_id = processor.image_token_id
         model = cls(config, vision, bridge, language_model, processor)
@@ -284,27 +286,38 @@ class Llava(MultimodalModel):
         pixels = torch.zeros(count * views, 3, side, side)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([size] * count)}, self.anyres.num_tokens(size)
 
-    def media_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
+    def media_features(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        features: Tensor | None = None,
+        has_features: Tensor | None = None,
+    ) -> Tensor:
         """Maps all images of a batch to their features [N, C], in order.
 
         Args:
             pixel_values: [n, 3, S, S] float; with high resolution all views of all images, see `AnyresProcessor`.
             image_sizes: [images, 2] int64, (height, width) in pixels; with high resolution only.
+            features: [m, P, D] of the images that are given by features, or all their views.
+            has_features: bool [images], which these are.
 
         Raises:
             ValueError: If the views are not as many as the sizes say.
         """
         if self.anyres is None:
-            return super().media_features(pixel_values)
+            return super().media_features(pixel_values, features, has_features)
         sizes = [] if image_sizes is None else image_sizes.tolist()
-        views = sum(map(self.anyres.num_views, sizes))
-        if pixel_values.dim() != 4 or views != len(pixel_values):
+        views = torch.tensor([self.anyres.num_views(size) for size in sizes], dtype=torch.int64)
+        if has_features is not None:
+            has_features = has_features.cpu().repeat_interleave(views)
+        elif pixel_values is None or pixel_values.dim() != 4 or views.sum() != len(pixel_values):
+            shape = None if pixel_values is None else list(pixel_values.shape)
             raise ValueError(
-                f"Llava: pixel_values has the shape {list(pixel_values.shape)} but image_sizes makes {views} views; "
+                f"Llava: pixel_values has the shape {shape} but image_sizes makes {int(views.sum())} views; "
                 "[views, 3, S, S] with the views of all images one after the other is accepted; let the processor "
                 "encode the images"
             )
-        features = super().media_features(pixel_values)
+        features = super().media_features(pixel_values, features, has_features)
         if self.image_newline is not None:
             features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
         # Not by indexing: the gradient of an embedding is summed in the same order every time.

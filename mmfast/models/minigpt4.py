@@ -166,6 +166,7 @@ class MiniGPT4(MultimodalModel):
         connector: str = "q_former",
         dtype: torch.dtype = torch.float32,
         *,
+        base_dtype: str | None = None,
         q_former: str | Path = "",
         num_queries: int = 32,
         q_former_sizes: Mapping[str, Any] | None = None,
@@ -179,6 +180,7 @@ class MiniGPT4(MultimodalModel):
             encoder: Folder of a BLIP-2 or CLIP model with its image processor, or "world" for the shipped one.
             connector: "q_former", or "four_patches" for the variant without one; it is made in float32.
             dtype: Dtype of the pretrained models.
+            base_dtype: Format of the language model's frozen linear layers, see `open_language_model`.
             q_former: Pretrained Q-Former: a file of BLIP-2 in LAVIS's layout, such as blip2_pretrained_flant5xxl.pth,
                 or a folder of a BLIP-2 model of transformers. "" is a fresh one, for the stage "q_former" to train.
             num_queries: Tokens that one image becomes, with a Q-Former.
@@ -202,7 +204,8 @@ class MiniGPT4(MultimodalModel):
         )
         queries = _open_q_former(config, q_former, dtype)
         vision = _open_encoder(encoder_folder, config, dtype)
-        model = cls(config, vision, queries, language_model=open_language_model(llm_folder, dtype))
+        language_model = open_language_model(llm_folder, dtype, base_dtype)
+        model = cls(config, vision, queries, language_model=language_model)
         model._name_parts(llm, encoder, q_former)
         return model
 
@@ -286,15 +289,34 @@ class MiniGPT4(MultimodalModel):
             return self.q_former.num_queries
         return (self.encoder.num_patches - 1) // MERGED_PATCHES
 
-    def media_features(self, pixel_values: Tensor) -> Tensor:
-        """Maps pixels [n, 3, S, S] to [n · tokens, C], the tokens of one image after those of the other."""
-        features = self.encoder(pixel_values)
+    def media_features(
+        self, pixel_values: Tensor | None = None, features: Tensor | None = None, has_features: Tensor | None = None
+    ) -> Tensor:
+        """Maps pixels [n, 3, S, S] to [n · tokens, C], the tokens of one image after those of the other.
+
+        See `MultimodalModel.media_features` for the arguments.
+        """
+        tokens = self._all_features(features, has_features, pixel_values=pixel_values)
         if self.q_former is None:
-            tokens = merge_patches(features)
-        else:
-            tokens = self.q_former(features.to(self.q_former.query_tokens.device))
+            tokens = merge_patches(tokens)
+        elif "q_former" not in self.cached_parts:
+            tokens = self.q_former(tokens)
         weight = cast(nn.Linear, self.connector).weight
         return self.connector(tokens.to(weight.device, weight.dtype)).flatten(0, 1)
+
+    @property
+    def cached_parts(self) -> tuple[str, ...]:
+        """The encoder and, unless it trains, the Q-Former."""
+        frozen = self.q_former is not None and not self.q_former.query_tokens.requires_grad
+        return ("encoder", "q_former") if frozen else ("encoder",)
+
+    def frozen_features(self, pixel_values: Tensor) -> Tensor:
+        """Maps pixels [n, 3, S, S] to the encoder's features or, unless it trains, the Q-Former's tokens."""
+        features = self.encoder(pixel_values)
+        if self.q_former is None:
+            return features
+        features = features.to(self.q_former.query_tokens.device)
+        return self.q_former(features) if "q_former" in self.cached_parts else features
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         """As in `StagedModel`; the variant without a Q-Former has no parameters of one."""

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mmfast.adapt import load_quantized
+from mmfast.nn.quantized_state import FORMATS, Format
 
 if TYPE_CHECKING:
     from mmfast.data import Processor
@@ -21,6 +22,7 @@ __all__ = [
     "as_config",
     "open_language_model",
     "open_processor",
+    "quantized_format",
     "resolve_language_model",
     "text_config_of",
 ]
@@ -62,15 +64,43 @@ def text_config_of(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
 
 
-def open_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Loads a causal language model with all its weights, quantised ones as `QuantizedLinear`.
+def quantized_format(folder: Path, base_dtype: str | None) -> Format | None:
+    """The format that the language model's linear layers will have, from its configuration alone; None: dense.
+
+    Args:
+        folder: Folder of the language model.
+        base_dtype: "nf4", "int8", a dtype for dense ones, or None for what the folder has.
 
     Raises:
-        ValueError: If weights are missing in the folder.
+        ValueError: If the folder is quantised already, to something else.
     """
-    quantization: Any = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    if quantization and quantization.get("quant_method") == "bitsandbytes":
-        return load_quantized(folder, dtype)
+    found: Any = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
+    held = found.get("quant_method")
+    if held == "bitsandbytes":
+        held = "nf4" if found.get("load_in_4bit") else "int8"
+    if held is not None and base_dtype not in (None, held):
+        raise ValueError(
+            f"language model: base_dtype is {base_dtype!r}, but {folder} is quantised already ({held}); {held} or null "
+            "is accepted; to have another, pass the folder of the dense model"
+        )
+    return next((format for format in FORMATS if format == (base_dtype or held)), None)
+
+
+def open_language_model(folder: Path, dtype: torch.dtype, base_dtype: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model with all its weights, quantised ones as `QuantizedLinear`.
+
+    Args:
+        folder: Its folder.
+        dtype: Of everything that is not quantised, and so of the computation.
+        base_dtype: "nf4" or "int8" quantises the linear layers while they are read, so that the dense model is never
+            held; None: as the folder has them.
+
+    Raises:
+        ValueError: If weights are missing in the folder, or it is quantised already to something else.
+    """
+    format = quantized_format(folder, base_dtype)
+    if format is not None:
+        return load_quantized(folder, dtype, format=format)
     opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, report = opened
     if report["missing_keys"]:

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapt import add_lora, has_lora, lora_parameters, merge
+from mmfast.adapt import add_lora, dequantize, has_lora, lora_parameters, merge
 from mmfast.models.trained import check_projector_widths, check_state, write_trained
+from mmfast.nn.base_linear import BaseLinear
 
-__all__ = ["LLAMA_LINEARS", "LoraSpec", "Stage", "StagedModel"]
+__all__ = ["LLAMA_LINEARS", "LoraSpec", "Stage", "StagedModel", "check_base"]
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -97,9 +98,17 @@ class StagedModel(nn.Module):
         self.trained_parts.add("lora")
         return names
 
+    @property
+    def base_dtype(self) -> str | None:
+        """Format of the language model's frozen linear layers, "nf4" or "int8"; None where they are dense."""
+        layers = [layer for layer in self.language_model.modules() if isinstance(layer, BaseLinear)]
+        return next((layer.weight_format for layer in layers if layer.weight_format is not None), None)
+
     def merge_lora(self) -> None:
-        """Merges LoRA into the language model, which counts as trained from then on."""
-        merge(self.language_model)
+        """Merges LoRA into the language model, which counts as trained and is dense from then on."""
+        dtype = self.language_model.get_input_embeddings().weight.dtype
+        merge(self.language_model, dtype)
+        dequantize(self.language_model, dtype)  # what had no LoRA
         self.lora_spec = None
         self.trained_parts = (self.trained_parts - {"lora"}) | {"language_model"}
 
@@ -208,6 +217,7 @@ class StagedModel(nn.Module):
 
     def _check_stage(self, stage: Stage) -> None:
         where = f"{type(self).__name__}.set_stage: the stage {stage.name!r}"
+        check_base(where, stage, self.base_dtype)
         accepted = [part for part in self.parts if part not in self.frozen_parts]
         refused = [part for part in stage.train if part not in accepted]
         if refused:
@@ -232,3 +242,16 @@ class StagedModel(nn.Module):
             raise ValueError(
                 f"{where} trains the language model under its LoRA; one of both is accepted; call merge_lora() first"
             )
+
+
+def check_base(where: str, stage: Stage, base_dtype: str | None) -> None:
+    """Refuses a stage that trains the language model, where its linear layers are quantised.
+
+    Raises:
+        ValueError: If it does; a quantised weight has no gradient, and the others alone would train.
+    """
+    if "language_model" in stage.train and base_dtype is not None:
+        raise ValueError(
+            f"{where} trains the language model, whose linear layers are in {base_dtype}, which nothing can train; a "
+            "dense one is accepted; train LoRA on it instead (instruct_lora), or leave base_dtype out"
+        )

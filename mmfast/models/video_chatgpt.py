@@ -8,8 +8,6 @@ Source: Maaz et al., "Video-ChatGPT" (arXiv 2306.05424); https://github.com/mbzu
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +28,6 @@ from mmfast.models.video_chatgpt_original import read_original, write_original
 from mmfast.nn import SpatioTemporalPool
 
 if TYPE_CHECKING:
-    from mmfast.data.samples import Sample
     from mmfast.data.video_processor import VideoProcessor
 
 __all__ = ["VideoChatGpt", "VideoChatGptConfig"]
@@ -87,7 +84,7 @@ class VideoChatGpt(MultimodalModel):
     config_class = VideoChatGptConfig
     system = "video_chatgpt"
     settings = ("num_frames", "vision_feature_layer", "chat_template")
-    media_inputs = ("pixel_values", "frame_counts", "video_features")
+    media_inputs = ("pixel_values", "frame_counts")
     parts = ("encoder", "connector", "markers", "language_model")
     frozen_parts = ("encoder", "language_model")
 
@@ -121,6 +118,7 @@ class VideoChatGpt(MultimodalModel):
         encoder: str | Path,
         dtype: torch.dtype = torch.float32,
         *,
+        base_dtype: str | None = None,
         num_frames: int = 100,
         vision_feature_layer: int = -2,
         chat_template: str = "video-chatgpt_v1",
@@ -131,6 +129,7 @@ class VideoChatGpt(MultimodalModel):
             llm: Folder of a causal language model with its tokenizer, or "world" for the shipped one.
             encoder: Folder of a CLIP model with its image processor, or "world" for the shipped one.
             dtype: Dtype of the two pretrained models; what trains is made in float32.
+            base_dtype: Format of the language model's frozen linear layers, see `open_language_model`.
             num_frames: Temporal rows of a video, and the most frames that are read of it.
             vision_feature_layer: Index of the tower's hidden states that are pooled.
             chat_template: Name of the conversation template that questions are asked with.
@@ -140,7 +139,7 @@ class VideoChatGpt(MultimodalModel):
             ValueError: If a folder lacks weights, or there is no such template.
         """
         vision = ClipEncoder.from_pretrained(ClipEncoder.resolve(encoder), vision_feature_layer, dtype=dtype)
-        language_model = open_language_model(resolve_language_model(llm), dtype)
+        language_model = open_language_model(resolve_language_model(llm), dtype, base_dtype)
         return cls._join(llm, encoder, vision, language_model, num_frames, chat_template)
 
     @classmethod
@@ -222,103 +221,45 @@ class VideoChatGpt(MultimodalModel):
         media = super().example_media(count * frames)[0]
         return {**media, "frame_counts": torch.full((count,), frames)}, self.features_per_medium
 
-    def media_features(
+    def media_features(  # type: ignore[override]
         self,
         pixel_values: Tensor | None = None,
         frame_counts: Tensor | None = None,
-        video_features: Tensor | None = None,
+        features: Tensor | None = None,
+        has_features: Tensor | None = None,
     ) -> Tensor:
         """Maps the videos of a batch to their rows, one video after the other.
 
         Args:
             pixel_values: Frames [sum of frame_counts, 3, S, S] of the videos that are given by frames.
-            frame_counts: [n] int64, for each video its frames; 0 for one that is given by its features. None: every
-                video is given by its features.
-            video_features: Pooled features [m, num_frames + P, D] of the latter, in their order.
+            frame_counts: [n] int64, how many are of each of them.
+            features: Pooled features [m, num_frames + P, D] of the others.
+            has_features: bool [n + m], which videos are given by features.
 
         Returns:
-            [n · features_per_medium, C].
+            [(n + m) · features_per_medium, C].
 
         Raises:
-            ValueError: If the frames or the features are not those that `frame_counts` tells of.
+            ValueError: If the frames or the features are not those that `frame_counts` and `has_features` tell of.
         """
-        given = [] if video_features is None else list(video_features)
-        counts = [0] * len(given) if frame_counts is None else frame_counts.tolist()
-        frames = 0 if pixel_values is None else len(pixel_values)
-        if sum(counts) != frames or counts.count(0) != len(given):
-            raise ValueError(
-                f"{type(self).__name__}: frame_counts is {counts}, but there are {frames} frames and the features of "
-                f"{len(given)} videos; a frame for each that is counted and features for each 0 are accepted; let the "
-                "processor make them"
-            )
-        pooled = iter(self.pool_frames(pixel_values, [count for count in counts if count]) if frames else [])
-        features = [next(pooled) if count else given.pop(0) for count in counts]
+        frames = {"pixel_values": pixel_values, "frame_counts": frame_counts}
+        videos = self._all_features(features, has_features, **frames)
         weight: Tensor = self.connector.weight
-        rows = self.connector(torch.stack([video.to(weight.device, weight.dtype) for video in features]))
+        rows = self.connector(videos.to(weight.device, weight.dtype))
         start, end = (marker.expand(len(rows), 1, -1) for marker in self.markers.weight)
         return torch.cat([start, rows, end], dim=1).flatten(0, 1)
 
-    def pool_frames(self, pixel_values: Any, counts: list[int]) -> list[Tensor]:
-        """The pooled features [num_frames + P, D] of videos of `counts` frames each, in the encoder's dtype."""
-        features = torch.cat([self.encoder(chunk) for chunk in pixel_values.split(_FRAMES_AT_ONCE)])
-        return [self.pool(video[None])[0] for video in features.split(counts)]
-
-    def fill_feature_cache(
-        self,
-        folder: str | Path,
-        samples: Iterable[Sample],
-        media_folder: str | Path | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> int:
-        """Puts the pooled features of all videos of `samples` on the disk, and has the processor read them there.
-
-        The encoder is frozen and sees the same frames in every epoch, so nothing of what trains changes; it then
-        runs once per video. Features of another encoder, layer, dtype or preprocessing have other keys, and
-        damaged files are made again.
-
-        Args:
-            folder: The cache's folder; other runs may share it.
-            samples: Their videos, other than files of features, are encoded where they are not in the cache.
-            media_folder: Where the samples' paths start.
-            rank: Number of this process. It encodes every `world_size`-th video.
-            world_size: Number of processes.
-
-        Returns:
-            How many videos this process encoded.
+    def frozen_features(self, pixel_values: Tensor, frame_counts: Tensor) -> Tensor:  # type: ignore[override]
+        """The pooled features [n, num_frames + P, D] of videos of `frame_counts` frames each, in the encoder's dtype.
 
         Raises:
-            ValueError: As `VideoProcessor.read_media`.
+            ValueError: If the frames are not as many.
         """
-        from mmfast.data.features import FeatureCache
-        from mmfast.data.samples import content_parts
-        from mmfast.data.video_processor import FEATURE_FILE
-
-        processor = cast(Any, self.processor)
-        cache = FeatureCache(folder, f"{_fingerprint(self.encoder)}\n{processor.preprocessing()}")
-        # Read without the cache, which would answer for what is to be made.
-        processor.cache = None
-        encoded, seen = 0, set()
-        for sample in samples:
-            for part in (part for message in sample["messages"] for part in content_parts(message)):
-                if part["type"] != "video" or str(part["video"]).endswith(FEATURE_FILE):
-                    continue
-                key = processor.cache_key(part, media_folder, sample["id"])
-                if key in seen:
-                    continue
-                seen.add(key)
-                if len(seen) % world_size == rank and cache.get(key) is None:
-                    frames = processor.read_media(part, media_folder, sample["id"])
-                    cache.put(key, self.pool_frames(frames.to(self.device), [len(frames)])[0])
-                    encoded += 1
-        processor.cache = cache
-        return encoded
-
-
-def _fingerprint(encoder: ClipEncoder) -> str:
-    """What decides the encoder's features: the weights that run, their dtype and the layer."""
-    digest = hashlib.sha256(f"{encoder.layer} {encoder.select}".encode())
-    for name, tensor in sorted(encoder.tower.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        counts = frame_counts.tolist()
+        if sum(counts) != len(pixel_values) or 0 in counts:
+            raise ValueError(
+                f"{type(self).__name__}: frame_counts is {counts}, but pixel_values has {len(pixel_values)} frames; "
+                "at least one of each video, and as many as are counted, are accepted; let the processor make them"
+            )
+        features = torch.cat([self.encoder(chunk) for chunk in pixel_values.split(_FRAMES_AT_ONCE)])
+        return torch.stack([self.pool(video[None])[0] for video in features.split(counts)])

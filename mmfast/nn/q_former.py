@@ -181,6 +181,7 @@ class QFormer(nn.Module):
         if hidden_size % num_heads:
             raise ValueError(f"QFormer: hidden_size is {hidden_size}; expected a multiple of num_heads = {num_heads}")
         self.hidden_size, self.encoder_hidden_size, self.max_positions = hidden_size, encoder_hidden_size, max_positions
+        self.num_heads = num_heads
         attention_dropout = dropout if attention_dropout is None else attention_dropout
         norm = nn.LayerNorm(hidden_size, layer_norm_eps)
         self.layernorm = norm if vocab_size is None else None
@@ -351,7 +352,8 @@ class QFormer(nn.Module):
                 raise ValueError(f"{where}: {name} is {list(mask.shape)}; expected {masked}")
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, encoder_hidden_size={self.encoder_hidden_size}"
+        sizes = f"hidden_size={self.hidden_size}, encoder_hidden_size={self.encoder_hidden_size}"
+        return f"{sizes}, num_heads={self.num_heads}"
 
 
 def _initialize(module: nn.Module) -> None:

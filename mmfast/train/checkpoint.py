@@ -138,9 +138,12 @@ def read_newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's tensors per parameter (moments and step counts) under `<key>/<parameter name>`."""
+    """The optimiser's state per parameter (moments, what they are quantised with) under `<key>/<parameter name>`.
+
+    A step count that is no tensor becomes one of int64.
+    """
     return {
-        f"{key}/{names[cast(nn.Parameter, parameter)]}": value
+        f"{key}/{names[cast(nn.Parameter, parameter)]}": torch.tensor(value) if isinstance(value, int) else value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
@@ -163,7 +166,9 @@ def load_optimizer_state(
                 "the configuration that wrote the checkpoint is accepted"
             )
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        # Only what was no tensor is an int64 one.
+        found = value.item() if value.dtype == torch.int64 else value.to(parameter.device)
+        optimizer.state[parameter][key] = found
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -137,12 +137,18 @@ class TrainConfig:
     out: str = "runs/train"
     """The run folder: config.yaml, log.jsonl, checkpoints/ and, at the end, model/."""
     feature_cache: str | None = None
-    """Folder in which a frozen encoder's features are kept, so that it runs once per video; runs may share it. None:
-    it runs in every step. For the system video_chatgpt."""
+    """Folder in which the features of the frozen parts (encoder, frozen Q-Former) are kept, so that these run once per
+    image or video; runs may share it. None: they run in every step. Not for lavin, which trains inside its encoder."""
     seed: int = 0
     """Seed of initialisation, data order and dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 keeps frozen weights in bfloat16 and computes in it; what trains stays float32."""
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+    """How the language model's frozen linear layers are held: int8 and nf4 are made while they are read, and take a
+    half and a quarter of bfloat16. Dense ones are of the same `dtype` as all else. None: as the folder has them."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps the moments of tensors of 4096 elements or more in 8 bits, about 2 bytes a parameter in place of
+    8; it needs bitsandbytes."""
     max_length: int = 2048
     """Longest sequence, in tokens, image tokens included. Longer text is cut at its end."""
     optimize: bool = True
@@ -171,6 +177,10 @@ class TrainConfig:
         _check(self.system in SYSTEMS, "system", self.system, " or ".join(SYSTEMS))
         _check(isinstance(self.options, dict), "options", self.options, "a mapping of settings by name")
         _check(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        known = self.optimizer in ("adamw", "adamw_8bit")
+        _check(known, "optimizer", self.optimizer, "adamw or adamw_8bit")
+        bases = (None, self.dtype, "int8", "nf4")
+        _check(self.base_dtype in bases, "base_dtype", self.base_dtype, f"null, {', '.join(bases[1:])}")
         _check_recompute("recompute", self.recompute)
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
         for name in ("max_length", "log_every", "save_every", "keep_checkpoints"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils.data import Subset
 
 from mmfast.evaluate.samples import open_samples
 from mmfast.train.advice import explained_out_of_memory
@@ -26,8 +27,10 @@ from mmfast.train.signals import StopRequest, TrainingInterrupted
 from mmfast.train.step import (
     WindowResult,
     accumulate_gradients,
+    autocast,
     build_optimizer,
     check_gradients,
+    check_optimizer,
     clip_gradients,
     clip_groups,
 )
@@ -109,6 +112,7 @@ def train(
         ValueError: If the configuration is not complete, or is not the one of the run to resume.
         FileExistsError: If a new run would overwrite one.
         FileNotFoundError: If there is nothing to resume.
+        ImportError: If the optimiser needs a package that is missing or too old.
         RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, or something that should
             train gets no gradient.
         TrainingInterrupted: After a checkpoint was written because of SIGTERM or Ctrl-C.
@@ -116,6 +120,7 @@ def train(
     from accelerate import Accelerator
 
     config.check_complete()
+    check_optimizer(config.optimizer)
     # Autocast is entered by the step itself: accelerate fixes one precision for the whole process.
     # And without cpu=True it would not see that there are several processes on CPUs.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
@@ -172,7 +177,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     total = steps_in_stage(len(dataset), config.batch_size, config.epochs, config.max_steps)
     if run.config.feature_cache:
         _fill_feature_cache(run, dataset, plan, range(progress.step, total))
-    optimizer = build_optimizer(model, stage, config)
+    optimizer = build_optimizer(model, stage, config, run.config.optimizer)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
     accelerator.print(model.parameter_table())
@@ -228,20 +233,23 @@ def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[
 
 def _fill_feature_cache(run: _Run, dataset: JoinedDataset, plan: BatchPlan, steps: range) -> None:
     """Encodes what the stage's remaining steps read and the cache does not have, each process its share."""
-    accelerator, model = run.accelerator, cast(Any, run.model)
+    accelerator, model = run.accelerator, run.model
     used = sorted({index for batch in plan.batches(steps.start, steps.stop) for index in batch})
     encoded = start = 0
-    for part in dataset.parts:
-        own = [index - start for index in used if start <= index < start + len(part)]
-        encoded += model.fill_feature_cache(
-            run.config.feature_cache,
-            map(part.samples.__getitem__, own),
-            part.media_folder,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        start += len(part)
-    accelerator.print(f"feature cache {run.config.feature_cache}: {encoded} videos encoded, the others were there")
+    # Nothing but the cache is written here, which is always whole: a signal ends it at once.
+    with run.stop.suspended(), autocast(accelerator.device, torch_dtype(run.config)):
+        for part in dataset.parts:
+            own = [index - start for index in used if start <= index < start + len(part)]
+            encoded += model.fill_feature_cache(
+                cast(str, run.config.feature_cache),
+                cast(Any, Subset(cast(Any, part.samples), own)),
+                part.media_folder,
+                accelerator.process_index,
+                accelerator.num_processes,
+                run.config.num_workers,
+            )
+            start += len(part)
+    accelerator.print(f"feature cache {run.config.feature_cache}: {encoded} media encoded, the others were there")
     accelerator.wait_for_everyone()
 
 

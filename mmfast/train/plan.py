@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ def plan_stage(
         ValueError: If a sample of this length has no room for its media, or the settings are not the system's.
     """
     stage = config.stages[index]
-    paper = _StageOnPaper(config, index, _base_dtype(config), length)
+    paper = _StageOnPaper(config, index, config.base_dtype, length)
     return paper.plan(micro_batch_size or _micro_batch_size(stage), _policies(config, stage))
 
 
@@ -143,8 +143,8 @@ def fit(
     Raises:
         PlanError: If nothing fits; the message has the nearest.
     """
-    dtypes: list[str | None] = [_base_dtype(config)]
-    if _base_dtype(config) is None and all("language_model" not in _trained_parts(config, s) for s in config.stages):
+    dtypes: list[str | None] = [config.base_dtype]
+    if config.base_dtype is None and all("language_model" not in _trained_parts(config, s) for s in config.stages):
         dtypes += ["int8", "nf4"]
     nearest: list[Plan] = []
     for base_dtype in dtypes:
@@ -169,12 +169,12 @@ def knobs(config: TrainConfig, index: int) -> list[tuple[str, Plan]]:
     """Single changes that save memory in a stage, the cheapest first: what to set, and the plan with it."""
     stage = config.stages[index]
     size, policies = _micro_batch_size(stage), _policies(config, stage)
-    paper = _StageOnPaper(config, index, _base_dtype(config))
+    paper = _StageOnPaper(config, index, config.base_dtype)
     now = paper.plan(size, policies)
     found = [(f"recompute: {policy}", paper.plan(size, policy)) for policy in ("mlp", "full") if paper.allows(policy)]
     if size > 1:
         found.append((f"stages[{index}].micro_batch_size: {size // 2}", paper.plan(size // 2, policies)))
-    if _base_dtype(config) is None and "language_model" not in _trained_parts(config, stage):
+    if config.base_dtype is None and "language_model" not in _trained_parts(config, stage):
         for kind in ("int8", "nf4"):
             found.append((f"base_dtype: {kind}", _StageOnPaper(config, index, kind).plan(size, policies)))
     saving = [(name, plan) for name, plan in found if plan.total < _WORTHWHILE * now.total]
@@ -314,7 +314,7 @@ class _StageOnPaper:
 
     @cached_property
     def _parts(self) -> dict[str, dict[str, int]]:
-        model, state = self._model, _STATE_BYTES[getattr(self.config, "optimizer", "adamw")]
+        model, state = self._model, _STATE_BYTES[self.config.optimizer]
         parts = {}
         for name in model.parts:
             parameters = model.part_parameters(name).values()
@@ -350,7 +350,7 @@ def _with_plans(config: TrainConfig, plans: list[Plan]) -> TrainConfig:
         dataclasses.replace(stage, micro_batch_size=plan.micro_batch_size, recompute=plan.recompute)
         for stage, plan in zip(config.stages, plans, strict=True)
     ]
-    return dataclasses.replace(config, stages=stages)
+    return dataclasses.replace(config, base_dtype=cast(Any, plans[0].base_dtype), stages=stages)
 
 
 def _trained_parts(config: TrainConfig, stage: StageConfig) -> set[str]:
@@ -398,7 +398,3 @@ def _nbytes(tensor: Tensor) -> int:
 def as_bytes(size: int) -> str:
     """A number of bytes to be read, in units of 10^9 or 10^6."""
     return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
-
-
-def _base_dtype(config: Any) -> Any:
-    return getattr(config, "base_dtype", None)

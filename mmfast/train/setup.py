@@ -38,16 +38,22 @@ def build_model(config: TrainConfig) -> MultimodalModel:
 
     Raises:
         FileNotFoundError: If a part or `start_from` is not there.
-        ValueError: If sizes do not fit, an option is not one of the system's, or `start_from` trained the language
-            model.
+        ValueError: If sizes do not fit, an option is not one of the system's, `start_from` trained the language
+            model, or a stage is to train it though it is quantised.
     """
     from mmfast.models import get_system
 
     system = get_system(config.system)
     options = system_options(config, system)
-    if config.feature_cache and not hasattr(system, "fill_feature_cache"):
-        raise ValueError(f"train: feature_cache is set, but the system {config.system} has none; null is accepted")
-    model: MultimodalModel = system.from_parts(config.llm, config.encoder, dtype=torch_dtype(config), **options)
+    if config.feature_cache and system.no_feature_cache is not None:
+        raise ValueError(
+            f"train: feature_cache is set, but the system {config.system} has none, since {system.no_feature_cache}; "
+            "null is accepted"
+        )
+    _check_base(config, system, options)
+    model: MultimodalModel = system.from_parts(
+        config.llm, config.encoder, dtype=torch_dtype(config), base_dtype=config.base_dtype, **options
+    )
     if config.start_from:
         _start_from(model, config.start_from)
     if config.optimize:
@@ -139,6 +145,19 @@ def set_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max
     for name in ("pad_to_square", "media_first"):
         if getattr(config, name) is not None:
             setattr(processor, name, getattr(config, name))
+
+
+def _check_base(config: TrainConfig, system: type[MultimodalModel], options: dict[str, Any]) -> None:
+    """Refuses a stage that trains a quantised language model, before anything large is loaded."""
+    from mmfast.models.parts import quantized_format, resolve_language_model
+    from mmfast.models.stages import check_base
+
+    format = quantized_format(resolve_language_model(config.llm), config.base_dtype)
+    if format is None:
+        return
+    model = system.skeleton(config.llm, config.encoder, **options)
+    for stage in config.stages:
+        check_base(f"train: stage {stage.name}", resolve_stage(model, stage), format)
 
 
 def _start_from(model: MultimodalModel, folder: str) -> None:

@@ -244,8 +244,10 @@ def grown(function, *arguments, **options):
 
 quantize_checkpoint(warm, warm + "-small")
 load_quantized(warm + "-small")
+load_quantized(warm, format="nf4")
 grown(quantize_checkpoint, source, target, max_shard_bytes=2**21)
 model = grown(load_quantized, target)
+streamed = grown(load_quantized, source, format="nf4")
 dense = grown(lambda: [p.clone() for p in AutoModelForCausalLM.from_pretrained(source).parameters()])
 """
 
@@ -259,12 +261,13 @@ def test_the_dense_model_is_never_in_memory(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True, timeout=120
     )
-    written, loaded, control = map(int, done.stdout.split())
+    written, loaded, streamed, control = map(int, done.stdout.split())
     small = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
     assert small < dense / 6
     # An output file, one weight's slice, and what quantising that takes.
     assert written < 0.3 * dense
     assert loaded < small + 0.1 * dense
+    assert streamed < small + 0.1 * dense
     # The measurement sees a dense model.
     assert control > 0.9 * dense
 

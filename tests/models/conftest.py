@@ -199,9 +199,11 @@ def write_projected_encoder(write_encoder: Callable[..., Path]) -> Callable[[int
 
 @pytest.fixture(scope="session")
 def llm(write_llm: Callable[..., Path]) -> Path:
+    torch.manual_seed(0)  # the same weights whichever test is the first to ask
     return write_llm()
 
 
 @pytest.fixture(scope="session")
 def encoder(write_encoder: Callable[..., Path]) -> Path:
+    torch.manual_seed(1)
     return write_encoder()

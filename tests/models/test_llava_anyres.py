@@ -232,14 +232,15 @@ def test_trains_on_top_of_a_transformers_folder(next_folder: Path, samples: list
 
 @pytest.mark.parametrize("images", [True, False])
 def test_gradients_of_the_newline(llm: Path, clip: Path, samples: list[Any], images: bool) -> None:
-    """It is the sum over all row ends; a batch of text alone gives zero, not None."""
+    """In the embeddings it is the sum over all row ends; a batch of text alone gives zero in the end, not None."""
     model = Llava.from_parts(llm, clip, image_grid_pinpoints=PINPOINTS)
     model.set_stage(model.stages()["align"])
     newline: Any = model.image_newline
     assert newline.requires_grad and not any(p.requires_grad for p in model.language_model.parameters())
     batch = collated(model, samples if images else samples[1:2], "right")
     embeds = model.embed(**{name: batch[name] for name in batch if name != "attention_mask"})
-    embeds.sum().backward()
+    assert embeds.requires_grad == images
+    (embeds if images else model(**batch).logits).sum().backward()
     rows = 0.0
     for width, height in (size for _, sizes in QUESTIONS for size in sizes) if images else ():
         index = model.anyres.feature_index([(height, width)])  # type: ignore[union-attr]

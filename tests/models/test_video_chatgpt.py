@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,17 @@ def test_published_features_stand_for_the_frames(
 ) -> None:
     frames = clip(9)
     with torch.no_grad():
-        pixels = media_of(model, ask(frames))["pixel_values"]
-        pooled = model.pool_frames(pixels, [len(pixels)])[0]
+        pooled = model.frozen_features(**media_of(model, ask(frames)))[0]
         content = pickle.dumps(pooled.half().numpy(), protocol)
         (tmp_path / "v_1.pkl").write_bytes(content.replace(b"numpy._core", module) if module else content)
         processor: Any = model.processor
         encoded = [processor.encode(ask(video), media_folder=tmp_path) for video in (clip(2), "v_1.pkl", frames)]
         batch = processor.collate(encoded)
-        assert batch["frame_counts"].tolist() == [2, 0, FRAMES]
-        assert batch["video_features"].dtype == torch.float32
-        rows = model.media_features(**{name: batch[name] for name in model.media_inputs}).view(3, ROWS, -1)
+        assert batch["frame_counts"].tolist() == [2, FRAMES]
+        assert batch["has_features"].tolist() == [False, True, False]
+        assert batch["features"].dtype == torch.float32
+        media = {name: batch[name] for name in (*model.media_inputs, "features", "has_features")}
+        rows = model.media_features(**media).view(3, ROWS, -1)
     assert torch.allclose(rows[1], rows[2], rtol=2e-3, atol=2e-3)
     assert not torch.allclose(rows[0], rows[2], atol=0.1)
 
@@ -236,8 +238,14 @@ def test_frames_are_squashed_by_nearest_neighbour(model: VideoChatGpt) -> None:
 
 
 def test_media_features_refuses_counts_that_do_not_fit(model: VideoChatGpt) -> None:
-    with pytest.raises(ValueError, match=r"frame_counts is \[2, 0\], but there are 2 frames and the features of 0"):
-        model.media_features(torch.zeros(2, 3, 16, 16), torch.tensor([2, 0]))
+    frames = torch.zeros(2, 3, 16, 16)
+    for counts in ([2, 0], [3]):
+        with pytest.raises(ValueError, match=rf"frame_counts is {re.escape(str(counts))}, but pixel_values has 2"):
+            model.media_features(frames, torch.tensor(counts))
+    with pytest.raises(
+        ValueError, match="1 rows are given by media and 0 by features, but has_features tells of 1 and 1"
+    ):
+        model.media_features(frames, torch.tensor([2]), None, torch.tensor([False, True]))
 
 
 def test_save_and_open(model: VideoChatGpt, tmp_path: Path) -> None:
@@ -296,7 +304,7 @@ def test_feature_cache_stands_for_the_encoder(model: VideoChatGpt, tmp_path: Pat
         model.encoder.forward = None  # it is not asked
         batch = inputs_of(model, *samples)
         assert "pixel_values" not in batch
-        assert batch["frame_counts"].tolist() == [0, 0, 0]
+        assert batch["has_features"].tolist() == [True, True, True]
         assert torch.allclose(model(**batch).loss, loss, rtol=1e-6)
 
 

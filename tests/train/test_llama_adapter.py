@@ -82,12 +82,12 @@ def test_a_run_continues_from_any_step(
 
     def crash(log: StepLog, record: dict[str, Any]) -> None:
         if record["step"] > done:
-            raise MemoryError
+            raise BufferError
         write(log, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(StepLog, "write", crash)
-        with pytest.raises(MemoryError):
+        with pytest.raises(BufferError):
             train(config)
     torch.rand(7)
     result = train(config, resume=True)

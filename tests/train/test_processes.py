@@ -41,10 +41,11 @@ def test_two_processes_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
     # Batches of 3 leave the two processes unequal shares; the epoch's last batch of 2 has 20 % 3 samples.
     options = {"align": {"batch_size": 3, "max_steps": 7}, "lora": {"lora_dropout": 0.0, "batch_size": 5}}
     single = train(make_config(**options, out=str(tmp_path / "single")))
-    config = tmp_path / "double.yaml"
-    save_config(make_config(**options, out=str(tmp_path / "double"), save_every=3), config)
+    config, cache = tmp_path / "double.yaml", tmp_path / "cache"
+    save_config(make_config(**options, out=str(tmp_path / "double"), save_every=3, feature_cache=str(cache)), config)
     output = launch(tmp_path, config)
     assert output.count("stage align: 7 steps") == 1, "only the first process speaks"
+    assert len(list(cache.rglob("*.safetensors"))) == 16, "both fill the cache, which has every image once"
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("single", "double")

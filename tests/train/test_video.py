@@ -71,9 +71,9 @@ def test_the_cache_changes_nothing(make_config: MakeVideoConfig, tmp_path: Path,
     cached, again = (make_config(name, feature_cache=cache) for name in ("cached", "again"))
     for config in (plain, cached):
         train(config)
-    assert f"feature cache {cache}: 5 videos encoded" in capsys.readouterr().out
+    assert f"feature cache {cache}: 5 media encoded" in capsys.readouterr().out
     train(again)
-    assert f"feature cache {cache}: 0 videos encoded" in capsys.readouterr().out
+    assert f"feature cache {cache}: 0 media encoded" in capsys.readouterr().out
     for name, tensor in trained(plain).items():
         assert torch.allclose(trained(cached)[name], tensor, atol=1e-5)
         assert torch.equal(trained(again)[name], trained(cached)[name])
@@ -87,9 +87,3 @@ def test_evaluate_and_chat(make_config: MakeVideoConfig, tmp_path: Path, capsys:
     capsys.readouterr()
     chat(config.out, video=str(tmp_path / "v_3.gif"), prompt="say 3", max_new_tokens=3)
     assert capsys.readouterr().out.strip()
-
-
-def test_other_systems_have_no_feature_cache(make_config: MakeVideoConfig) -> None:
-    config = make_config("run", system="llava", options={}, feature_cache="cache")
-    with pytest.raises(ValueError, match="feature_cache is set, but the system llava has none"):
-        train(config)
