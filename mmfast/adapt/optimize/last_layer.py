@@ -97,9 +97,9 @@ def refusal(model: PreTrainedModel) -> str | None:
         return reason
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    mixed = [type(module).__name__ for module in projections if not isinstance(module, nn.Linear) | is_lora(module)]
-    if mixed:
-        return f"its last layer has a {mixed[0]}, which may tell one position from another"
+    for module in projections:
+        if not (isinstance(module, nn.Linear) or is_lora(module)):
+            return f"its last layer has a {type(module).__name__}, which may tell one position from another"
     if "forward" in layer.__dict__ or has_hooks(layer) or layer._compiled_call_impl is not None:
         return "its last layer has hooks or is compiled, which would not run"
     rowwise = (decoder.norm, layer.post_attention_layernorm, *mlp.modules(), *attention.o_proj.modules())
