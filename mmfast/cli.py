@@ -24,6 +24,12 @@ COMMANDS = {
     "train": Command("train a system from a recipe or a config file, or resume a run", "mmfast.train:train"),
     "estimate": Command("count what a recipe trains, and plan its memory", "mmfast.train.estimate:estimate"),
     "compare": Command("train every system on the embedded world and print one table", "mmfast.compare:compare"),
+    "data check": Command(
+        "read every sample and medium of a data set, count, and name what is wrong", "mmfast.train.data_commands:check"
+    ),
+    "data preview": Command(
+        "show a few samples as the model sees them, and what it learns of them", "mmfast.train.data_commands:preview"
+    ),
     "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
     "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),
     "convert": Command("turn a published checkpoint into a run folder", "mmfast.models.convert:convert"),
@@ -49,13 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"mmfast {__version__}")
         return 0
-    if words[0] not in COMMANDS:
-        print(f"mmfast: there is no command {words[0]!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+    # The name of a command in a group has two words.
+    is_group = any(name.startswith(f"{words[0]} ") for name in COMMANDS)
+    if is_group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(_overview(words[0]))
+        return 0
+    size = 2 if is_group else 1
+    name, rest = " ".join(words[:size]), words[size:]
+    if name not in COMMANDS:
+        print(f"mmfast: there is no command {name!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
     try:
-        return _run(words[0], words[1:])
+        return _run(name, rest)
     except KeyboardInterrupt:
         print("mmfast: stopped", file=sys.stderr)
         return 130
@@ -66,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, NotImplementedError) as error:
         if os.environ.get("MMFAST_TRACEBACK"):
             raise
-        print(f"mmfast {words[0]}: {error}\n(MMFAST_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"mmfast {name}: {error}\n(MMFAST_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
 
 
-def _overview() -> str:
+def _overview(group: str = "") -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = ["usage: mmfast COMMAND [options]     (mmfast COMMAND --help tells its options)", ""]
-    lines += [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items() if name.startswith(group)]
     return "\n".join(lines)
 
 

@@ -35,9 +35,18 @@ def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stopped.value.code == 0
     assert f"usage: mmfast {name}" in capsys.readouterr().out
+
+
+def test_a_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["data"], ["data", "--help"]):
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "  data check " in printed and "  data preview " in printed and "  train " not in printed
+    assert main(["data", "chekc", "x.json"]) == 2
+    assert "there is no command 'data chekc'" in capsys.readouterr().err
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,10 @@ class AnyresProcessor(Processor):
         """As in `Processor`."""
         return f"{self.anyres}, {super().preprocessing()}"
 
+    def pictures(self, medium: TiledImage) -> Tensor:
+        """The views of an image, see `Processor.pictures`."""
+        return super().pictures(medium.pixel_values)
+
     def collate_media(self, media: Sequence[TiledImage]) -> dict[str, Tensor]:
         """`pixel_values` float32 [all views, 3, S, S]."""
         return {"pixel_values": torch.cat([image.pixel_values for image in media])}

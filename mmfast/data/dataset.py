@@ -6,10 +6,11 @@ import heapq
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.utils.data import ConcatDataset, Dataset
 
+from mmfast.data.budget import spent_budget
 from mmfast.data.processor import Encoded, Processor
 from mmfast.data.samples import Sample
 
@@ -54,34 +55,61 @@ class EncodedDataset(Dataset[Encoded]):
 class JoinedDataset(ConcatDataset[Encoded]):
     """Data sets of one processor, one after the other; training shuffles over all.
 
+    In the place of a bad sample stands the next good one, which has the errors as `Encoded.bad`. That depends on the
+    data alone: not on the order, nor on who reads.
+
     Args:
         datasets: at least one.
+        max_bad: how many samples may be bad; as many in a row are replaced. With 0 the first raises its error.
     """
 
-    def __init__(self, datasets: Sequence[EncodedDataset]) -> None:
+    def __init__(self, datasets: Sequence[EncodedDataset], max_bad: int = 0) -> None:
         super().__init__(datasets)
         self.parts = list(datasets)
         self.processor = datasets[0].processor
+        self.max_bad = max_bad
+
+    def __getitem__(self, index: int) -> Encoded:
+        """The encoded sample, or the one in its place.
+
+        Raises:
+            ValueError: as `EncodedDataset`; or more samples in a row are bad than may be, it names them.
+        """
+        errors: list[str] = []
+        for offset in range(len(self)):
+            try:
+                encoded = super().__getitem__((index + offset) % len(self))
+            except ValueError as error:
+                if self.max_bad == 0:
+                    raise
+                errors.append(str(error))
+                if len(errors) > self.max_bad:
+                    break
+            else:
+                return replace(encoded, bad=tuple(errors)) if errors else encoded
+        raise ValueError(spent_budget(errors, self.max_bad))
 
 
 @dataclass(frozen=True)
 class SupervisionReport:
-    """What `check_supervision` counted: samples, tokens (image tokens included), tokens that are learned."""
+    """What `check_supervision` counted: samples, tokens (image tokens included), tokens that are learned, bad ones."""
 
     samples: int
     tokens: int
     supervised_tokens: int
     longest: int
-    heaviest: tuple[int, ...]
-    """Indices of the longest samples, the longest first: what a training step is tried with."""
+    heaviest: list[tuple[int, int]]
+    """(tokens, index) of the longest samples, the longest first: what a training step is tried with."""
+    bad: int = 0
 
 
-def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> SupervisionReport:
+def check_supervision(dataset: EncodedDataset, limit: int | None = None, max_bad: int = 0) -> SupervisionReport:
     """Refuses a data set in which a sample has no supervised token; decodes no media.
 
     Args:
         dataset: to check.
         limit: look at the first `limit` samples only. The others are checked when they are indexed.
+        max_bad: how many samples may have none, or be bad in another way that shows without their media.
 
     Raises:
         ValueError: names the first of these samples and their number; or as `Processor.encode`; or the data set is
@@ -95,21 +123,34 @@ def check_supervision(dataset: EncodedDataset, limit: int | None = None) -> Supe
     supervised = 0
     lengths = array("l")
     unsupervised: list[str] = []
+    errors: list[str] = []
     for index in tqdm(range(count), desc="checking samples", unit="sample", disable=count <= 2000):
-        encoded = dataset.processor.encode(dataset.samples[index], media_folder=dataset.media_folder, load_media=False)
+        try:
+            encoded = dataset.processor.encode(
+                dataset.samples[index], media_folder=dataset.media_folder, load_media=False
+            )
+        except ValueError as error:
+            if max_bad == 0:
+                raise
+            errors.append(str(error))
+            lengths.append(0)
+            if len(errors) > max_bad:
+                raise ValueError(spent_budget(errors, max_bad)) from error
+            continue
         lengths.append(len(encoded.input_ids))
         supervised += encoded.supervised_tokens
         if encoded.supervised_tokens == 0:
             unsupervised.append(encoded.id)
-    if unsupervised:
+    if len(unsupervised) + len(errors) > max_bad:
         names = ", ".join(f"'{name}'" for name in unsupervised[:10])
         more = ", …" if len(unsupervised) > 10 else ""
         raise ValueError(
             f"check_supervision: {len(unsupervised)} of {count} samples ({names}{more}): each "
             + _reason(dataset.processor)
         )
-    heaviest = tuple(heapq.nlargest(_HEAVIEST, range(count), key=lengths.__getitem__))
-    return SupervisionReport(count, sum(lengths), supervised, lengths[heaviest[0]], heaviest)
+    heaviest = heapq.nlargest(_HEAVIEST, zip(lengths, range(count), strict=True))
+    bad = len(unsupervised) + len(errors)
+    return SupervisionReport(count, sum(lengths), supervised, heaviest[0][0], heaviest, bad)
 
 
 def _reason(processor: Processor) -> str:

@@ -7,31 +7,42 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfast.data.samples import ImagePart, check_media_path
+from mmfast.data.samples import BadSampleError, ImagePart, check_media_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_ASPECT_RATIO = 200
+"""A longer image is refused: resized by its shorter side, as encoders ask for, it would not fit in memory."""
 
 
 def load_image(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Image:
     """The image of `part` in RGB, turned upright by its EXIF orientation.
 
+    What its file is, its content tells, not its name. Of an animation it is the first frame; transparency is dropped;
+    of 16 bits, the upper 8 are taken.
+
     Args:
-        part: `part["image"]` is a path (relative to `media_folder`, or absolute and below it) or a PIL image.
+        part: `part["image"]` is a path (relative to `media_folder`, or absolute and below it), a `StoredMedium` or a
+            PIL image.
         media_folder: needed for paths only. Links are followed, and must end inside it.
         sample_id: for the errors.
 
     Raises:
-        ValueError: the file is missing, broken, cut short, no image, or has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`; or the path leaves `media_folder`.
+        BadSampleError: the file is missing, broken, cut short, no image, has 32 bits per channel, more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` or is longer than `MAX_ASPECT_RATIO` allows; or the path leaves
+            `media_folder`.
     """
     import PIL.ImageOps
 
     with _opened(part, media_folder, sample_id) as image:
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        is_wide = image.mode == "I" and image.format == "PNG"  # Pillow before 11.1 opens 16 bits so
+        upright = PIL.ImageOps.exif_transpose(image)
+        return _upper_bits(upright, is_wide).convert("RGB")
 
 
 def image_size(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> tuple[int, int]:
@@ -40,7 +51,7 @@ def image_size(part: ImagePart, media_folder: str | os.PathLike[str] | None, sam
     An EXIF orientation that stands behind the pixels of a PNG file is not seen.
 
     Raises:
-        ValueError: as `load_image`, but for what is broken behind the header.
+        BadSampleError: as `load_image`, but for what is broken behind the header.
     """
     import PIL.Image
     from PIL.ExifTags import Base
@@ -57,7 +68,7 @@ def _opened(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample
     """The image of `part`, its pixels not yet decoded; any error while it is used names sample and file."""
     import PIL.Image
 
-    source = part["image"]
+    source = part["image"]  # then one with Path's method open, or a PIL image
     if isinstance(source, str):
         source = resolve_media(source, media_folder, sample_id, "image")
     # Decoders raise far more than OSError on broken files (SyntaxError, ValueError, struct.error, ...): whatever
@@ -66,17 +77,14 @@ def _opened(part: ImagePart, media_folder: str | os.PathLike[str] | None, sample
         if isinstance(source, PIL.Image.Image):
             yield source
             return
-        with PIL.Image.open(source) as image:
-            width, height = image.size
-            # Pillow itself only warns between one and two times this limit.
-            limit = PIL.Image.MAX_IMAGE_PIXELS
-            if limit is not None and width * height > limit:
-                raise ValueError(f"{width}x{height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+        with source.open("rb") as file, PIL.Image.open(file, formats=_formats()) as image:
+            _check_size(image)
             yield image
     except Exception as error:
-        raise ValueError(
+        raise BadSampleError(
             f"sample '{sample_id}': cannot read image '{source}': {type(error).__name__}: {error}; expected an image "
-            "that Pillow opens; replace it or remove the sample"
+            "that Pillow opens; replace it or remove the sample",
+            "too large" if isinstance(error, PIL.Image.DecompressionBombError) else "unreadable",
         ) from error
 
 
@@ -86,6 +94,43 @@ def image_digest(images: Iterable[Image]) -> str:
     for image in images:
         digest.update(repr(image.size).encode() + image.convert("RGB").tobytes())
     return digest.hexdigest()
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats without the one that is a program, which Pillow has Ghostscript run."""
+    import PIL.Image
+
+    PIL.Image.init()
+    return tuple(name for name in PIL.Image.ID if name != "EPS")
+
+
+def _check_size(image: Image) -> None:
+    import PIL.Image
+
+    width, height = image.size
+    # Pillow itself only warns between one and two times this limit.
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise PIL.Image.DecompressionBombError(
+            f"{width}x{height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit}"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise PIL.Image.DecompressionBombError(
+            f"one side of {width}x{height} pixels is more than {MAX_ASPECT_RATIO} times the other"
+        )
+
+
+def _upper_bits(image: Image, is_wide: bool) -> Image:
+    """An image of 16 bits as one of 8, which Pillow would make by clipping; any other as it is."""
+    import numpy as np
+    import PIL.Image
+
+    if image.mode.startswith("I;16") or is_wide:
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}) and no known range; 8 or 16 bits are accepted")
+    return image
 
 
 def pad_to_square(image: Image, mean: Sequence[float]) -> Image:
@@ -122,25 +167,29 @@ def resolve_media(path: str, media_folder: str | os.PathLike[str] | None, sample
         kind: "image" or "video", for the errors.
 
     Raises:
-        ValueError: there is no media folder, the path leaves it, or no such file.
+        BadSampleError: there is no media folder, the path leaves it, or no such file.
     """
     where = f"sample '{sample_id}'"
     if media_folder is None:
-        raise ValueError(f"{where}: {kind} path {path!r} without a media folder; pass media_folder")
+        raise BadSampleError(f"{where}: {kind} path {path!r} without a media folder; pass media_folder")
     check_media_path(path, media_folder, where, kind)
     try:
         folder = Path(media_folder).resolve()
         file = (folder / path).resolve()
         is_file = file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL or an over-long name
-        raise ValueError(f"{where}: {kind} path {path!r} cannot be resolved: {error}; correct the path") from error
+        raise BadSampleError(
+            f"{where}: {kind} path {path!r} cannot be resolved: {error}; correct the path", "missing"
+        ) from error
     if not file.is_relative_to(folder):
-        raise ValueError(
+        raise BadSampleError(
             f"{where}: {kind} path {path!r} leads to '{file}', outside the media folder '{folder}'; links may not "
-            "leave it; pass the folder that holds all media as media_folder"
+            "leave it; pass the folder that holds all media as media_folder",
+            "outside",
         )
     if not is_file:
-        raise ValueError(
-            f"{where}: {kind} '{file}' does not exist or is no file; {kind} paths start at the media folder '{folder}'"
+        raise BadSampleError(
+            f"{where}: {kind} '{file}' does not exist or is no file; {kind} paths start at the media folder '{folder}'",
+            "missing",
         )
     return file

@@ -37,6 +37,8 @@ class Encoded:
         labels: as long as `input_ids`; the token itself where supervised, else -100. The model shifts them.
         media: what `Processor.load_medium` made of each medium, in order; for images float32 [3, H, W].
         media_tokens: tokens of each medium, in order.
+        cut_tokens: tokens that were cut off at the end, to fit `max_length`.
+        bad: errors of the bad samples in whose place this one stands, see `JoinedDataset`.
     """
 
     id: str
@@ -44,6 +46,8 @@ class Encoded:
     labels: list[int]
     media: list[Any]
     media_tokens: list[int]
+    cut_tokens: int = 0
+    bad: tuple[str, ...] = ()
 
     @property
     def supervised_tokens(self) -> int:
@@ -192,11 +196,12 @@ class Processor:
         input_ids, labels, end_of_media = self._tokenize(pieces, media_tokens, where)
         if not input_ids:
             raise ValueError(f"{where}: not one token with template '{self.template.name}'; give it a text or an image")
-        if len(input_ids) > self.max_length:
+        cut = max(0, len(input_ids) - self.max_length)
+        if cut:
             self._check_cut(len(input_ids), end_of_media, add_generation_prompt, where)
             input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         media = [self.load_medium(part, media_folder, sample["id"]) for part in parts] if load_media else []
-        return Encoded(sample["id"], input_ids, labels, media, media_tokens)
+        return Encoded(sample["id"], input_ids, labels, media, media_tokens, cut)
 
     def count_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> int:
         """Tokens that a medium becomes. May read a file's header, and decodes nothing.
@@ -250,6 +255,16 @@ class Processor:
     def preprocessing(self) -> str:
         """What decides the pixels of a medium beside itself; part of the revision of a cache."""
         return f"pad_to_square {self.pad_to_square}, {self.image_processor.to_json_string()}"
+
+    def pictures(self, medium: Any) -> Tensor:
+        """What the encoder sees of a medium, as `read_media` made it: float32 [n, 3, H, W] in [0, 1]; n may be 0."""
+        pixels = medium if medium.dim() == 4 else medium[None]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.pixel_statistics())
+        return (pixels * std + mean).clamp(0, 1)
+
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and deviation of each channel that pixels are normalised by."""
+        return self.image_processor.image_mean, self.image_processor.image_std
 
     def collate_media(self, media: Sequence[Any]) -> dict[str, Tensor]:
         """What `read_media` made of the media of a batch, at least one, in order, as arguments of the model."""

@@ -42,6 +42,10 @@ class PromptProcessor(Processor):
         """As in `Processor`, with the order of channels."""
         return {**super().settings(), "channel_order": self.channel_order}
 
+    def preprocessing(self) -> str:
+        """As in `Processor`, with the order of channels."""
+        return f"{self.channel_order}, {super().preprocessing()}"
+
     def read_media(self, part: MediaPart, media_folder: str | os.PathLike[str] | None, sample_id: str) -> Any:
         """As in `Processor`, in the order of channels."""
         if self.channel_order == "bgr":

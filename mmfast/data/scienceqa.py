@@ -116,7 +116,7 @@ def _field(problem: Any, name: str, kind: type, where: str) -> Any:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON: {error}; ScienceQA's file is accepted") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; an object of problems, or of splits, is accepted")

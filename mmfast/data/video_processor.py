@@ -100,6 +100,10 @@ class VideoProcessor(Processor):
         pixels: Tensor = self.image_processor(images=frames, return_tensors="pt")["pixel_values"]
         return pixels.to(torch.float32)
 
+    def pictures(self, medium: Tensor) -> Tensor:
+        """The frames of a video, see `Processor.pictures`; none where it is given by its features."""
+        return super().pictures(medium if medium.dim() == 4 else torch.empty(0, 3, self.side, self.side))
+
     def collate_media(self, media: Sequence[Tensor]) -> dict[str, Tensor]:
         """`pixel_values` float32 [all frames, 3, S, S] and `frame_counts` int64 [n], how many are of each video."""
         return {"pixel_values": torch.cat(list(media)), "frame_counts": torch.tensor([len(video) for video in media])}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmfast.data.images import resolve_media
+from mmfast.data.samples import BadSampleError, StoredMedium
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from mmfast.data.samples import VideoPart
 
 T = TypeVar("T")
+
+MAX_FRAME_PIXELS = 1 << 26
+"""A video with larger frames is refused, before one is decoded."""
+MAX_VIDEO_PIXELS = 1 << 39
+"""A video with more pixels in all its frames is refused, before one is decoded: 1920 x 1080 at 30 Hz for 2.4 hours."""
 
 
 def frame_indices(total: int, num_frames: int = 100) -> list[int]:
@@ -61,8 +67,8 @@ def load_video(
     the clip is what is left.
 
     Args:
-        part: `part["video"]` is a path (relative to `media_folder`, or absolute and below it) or a sequence of PIL
-            images, the clip's frames.
+        part: `part["video"]` is a path (relative to `media_folder`, or absolute and below it), a `StoredMedium`, or a
+            sequence of PIL images, the clip's frames.
         media_folder: needed for paths only. Links are followed, and must end inside it.
         sample_id: for the errors.
         num_frames: the most frames to read.
@@ -73,17 +79,19 @@ def load_video(
 
     Raises:
         ImportError: a path, and PyAV is not installed.
-        ValueError: the file is missing, broken, cut short, without frames or without a video stream (a sound); or the
-            path leaves `media_folder`.
+        BadSampleError: the file is missing, broken, cut short, without frames, without a video stream (a sound), or
+            larger than the limits above; or the path leaves `media_folder`.
     """
     source = part["video"]
     make: Callable[[Image], Any] = transform or (lambda image: image)
-    if not isinstance(source, str):
+    if not isinstance(source, str | StoredMedium):
         images: Sequence[Image] = source
         if not images:
-            raise ValueError(f"sample '{sample_id}': the video is a sequence of no images; expected at least one frame")
+            raise BadSampleError(
+                f"sample '{sample_id}': the video is a sequence of no images; expected at least one frame"
+            )
         return [make(images[index].convert("RGB")) for index in frame_indices(len(images), num_frames)]
-    path = resolve_media(source, media_folder, sample_id, "video")
+    path = resolve_media(source, media_folder, sample_id, "video") if isinstance(source, str) else source
     try:
         import av
     except ImportError as error:
@@ -94,13 +102,14 @@ def load_video(
         return _decode(av, path, num_frames, make)
     # FFmpeg's errors, and whatever a decoder or a conversion raises on a broken file: the file is at fault.
     except Exception as error:
-        raise ValueError(
+        raise BadSampleError(
             f"sample '{sample_id}': cannot read video '{path}': {type(error).__name__}: {error}; expected a file with "
-            "a video stream that PyAV decodes to its end; replace it or remove the sample"
+            "a video stream that PyAV decodes to its end; replace it or remove the sample",
+            "too large" if isinstance(error, OverflowError) else "unreadable",
         ) from error
 
 
-def _decode(av: Any, path: Path, num_frames: int, make: Callable[[Image], T]) -> list[T]:
+def _decode(av: Any, path: Path | StoredMedium, num_frames: int, make: Callable[[Image], T]) -> list[T]:
     # One packet is nearly always one frame, and packets are counted without decoding. Where it is not so, the clip is
     # decoded again, with the number that came out.
     expected = sum(1 for _ in _packets(av, path))
@@ -108,7 +117,7 @@ def _decode(av: Any, path: Path, num_frames: int, make: Callable[[Image], T]) ->
         wanted = set(frame_indices(expected, num_frames)) if expected else set()
         kept: dict[int, T] = {}
         count = 0
-        for frame in _frames(av, path):
+        for frame in _frames(av, path, expected):
             if count in wanted:
                 kept[count] = make(_upright(frame))
             count += 1
@@ -119,15 +128,27 @@ def _decode(av: Any, path: Path, num_frames: int, make: Callable[[Image], T]) ->
         expected = count
 
 
-def _frames(av: Any, path: Path) -> Iterator[Any]:
+def _frames(av: Any, path: Path | StoredMedium, expected: int) -> Iterator[Any]:
     for packet in _packets(av, path, flush=True):
+        codec = packet.stream.codec_context
+        _check_size(codec.width, codec.height, expected)
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise ValueError("a frame is damaged")
             yield frame
 
 
-def _packets(av: Any, path: Path, flush: bool = False) -> Iterator[Any]:
+def _check_size(width: int, height: int, frames: int) -> None:
+    """Refuses, by an OverflowError, what would take hours or fill the memory; a stream may change its size midway."""
+    if width * height > MAX_FRAME_PIXELS:
+        raise OverflowError(f"frames of {width}x{height} pixels; {MAX_FRAME_PIXELS} pixels are accepted")
+    if width * height * frames > MAX_VIDEO_PIXELS:
+        raise OverflowError(
+            f"{frames} frames of {width}x{height} pixels; {MAX_VIDEO_PIXELS} pixels in all are accepted; cut the clip"
+        )
+
+
+def _packets(av: Any, path: Path | StoredMedium, flush: bool = False) -> Iterator[Any]:
     """The packets of the file's video stream; with `flush`, at the end an empty one that brings out the last frames."""
     # Playlists name further files and addresses; a file object and no protocol leave them nothing to open.
     with path.open("rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
@@ -138,7 +159,10 @@ def _packets(av: Any, path: Path, flush: bool = False) -> Iterator[Any]:
             raise ValueError(f"the file has no video stream (its streams: {kinds})")
         # One thread, for several may lose other frames of a damaged file in every run; and an error where one is found.
         streams[0].codec_context.thread_count = 1
-        streams[0].codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        streams[0].codec_context.options = {
+            "err_detect": "crccheck+bitstream+buffer+explode",
+            "max_pixels": str(MAX_FRAME_PIXELS),
+        }
         for packet in container.demux(streams[0]):
             if packet.is_corrupt:
                 raise ValueError("a packet is damaged or cut short")

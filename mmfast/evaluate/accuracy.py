@@ -101,8 +101,8 @@ def evaluate_run(
 
     Args:
         run: A run folder, or a folder with a saved or exported model.
-        data: Questions with one right answer each: world:<split>, scienceqa:<path of problems.json>:<split>, or a JSON
-            or JSONL file.
+        data: Questions with one right answer each, as train takes its data: world:<split>,
+            scienceqa:<problems.json>:<split>, a JSON file, ....
         batch_size: Questions per batch; it changes the speed only.
         max_samples: Only the first so many samples. None: all.
         media_folder: Folder to which image paths are relative. None: the folder of the data file.

@@ -17,9 +17,10 @@ from transformers.utils import ModelOutput
 
 from mmfast.adapt import dequantize
 from mmfast.adapt.optimize.last_layer import labelled_rows
+from mmfast.encoders import FrozenEncoder
 from mmfast.models.architectures import text_config_named, vision_config_named
 from mmfast.models.feature_cache import FEATURE_INPUTS, CachingModel
-from mmfast.models.parts import absolute_name, resolve_language_model, text_config_of
+from mmfast.models.parts import absolute_name, open_processor, resolve_language_model, text_config_of
 from mmfast.models.stages import LoraSpec, Stage
 from mmfast.models.trained import find_trained, read_description, read_shapes, read_state
 from mmfast.ops import linear_cross_entropy
@@ -137,6 +138,24 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         config: Any = cls.config_class
         with torch.device("meta"):
             return cast(Any, cls)(config(**parts, **settings))
+
+    def attach_processor(self, llm: str | Path, encoder: str | Path) -> None:
+        """Opens the `processor` that samples go through, of the pretrained parts in two folders; loads no weights.
+
+        Args:
+            llm: Folder of the language model with its tokenizer, or "world".
+            encoder: Folder of the encoder with its image processor, or "world".
+
+        Raises:
+            FileNotFoundError: If a folder does not exist.
+        """
+        folders = resolve_language_model(llm), FrozenEncoder.resolve(encoder)
+        processor = open_processor(*folders, **self.processor_settings())
+        self.processor, self.config.image_token_id = processor, processor.image_token_id
+
+    def processor_settings(self) -> dict[str, Any]:
+        """Arguments of `open_processor` beside the folders."""
+        return {"template": self.config.template, "tokens_per_image": self.encoder.num_patches}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -147,8 +147,12 @@ class LavinProcessor(Processor):
             image = padded_to_square(image, _IMAGENET_MEAN)
         image = image.resize((self.image_size, self.image_size), Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.pixel_statistics())
         return (pixels - mean) / std
+
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Those of ImageNet."""
+        return _IMAGENET_MEAN, _IMAGENET_STD
 
     def settings(self) -> dict[str, Any]:
         """As `Processor.settings`."""
@@ -257,7 +261,7 @@ class Lavin(MultimodalModel):
         # From the folders' configurations, so that nothing large is loaded before a refusal.
         parts = {"text_config": text_config_of(llm_folder), "vision_config": vision_config_named(encoder_folder)}
         config = LavinConfig(**parts, template=template, **settings)
-        processor = _open_processor(llm_folder, encoder_folder, config)
+        processor = open_processor(llm_folder, encoder_folder, **_processing(config))
         config.image_token_id = processor.image_token_id
         vision = ClipEncoder.from_pretrained(encoder_folder, max(config.vision_blocks), select="full", dtype=dtype)
         model = cls(config, vision, open_language_model(llm_folder, dtype, base_dtype), processor)
@@ -287,9 +291,13 @@ class Lavin(MultimodalModel):
         model.load_trained_state(state)
         cast(Any, model.language_model).to(getattr(torch, dtype))
         model.config.template = template or model.config.template
-        model.processor = _open_processor(llm_folder, encoder_folder, cast(LavinConfig, model.config))
+        model.attach_processor(llm, encoder)
         model.name_bases(llm=llm, encoder=encoder)
         return model, names
+
+    def processor_settings(self) -> dict[str, Any]:
+        """As in `MultimodalModel`."""
+        return _processing(cast(LavinConfig, self.config))
 
     def to_original(self, folder: str | Path) -> dict[str, str]:
         """Writes the adapters as `checkpoint-0.pth` of the published code.
@@ -508,10 +516,9 @@ def _build_connector(in_features: int, hidden_size: int, out_features: int) -> n
     return connector
 
 
-def _open_processor(llm: Path, encoder: Path, config: LavinConfig) -> Processor:
-    tokens = len(config.vision_blocks)
-    size = config.vision_config.image_size
-    return open_processor(llm, encoder, config.template, tokens, LavinProcessor, image_size=size)
+def _processing(config: LavinConfig) -> dict[str, Any]:
+    sizes = {"tokens_per_image": len(config.vision_blocks), "image_size": config.vision_config.image_size}
+    return {"template": config.template, "kind": LavinProcessor, **sizes}
 
 
 def _with_routing(routing: dict[str, Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -33,7 +33,6 @@ from mmfast.models.llama_adapter_original import (
 from mmfast.models.parts import (
     as_config,
     open_language_model,
-    open_processor,
     resolve_language_model,
     text_config_of,
 )
@@ -336,9 +335,8 @@ class LlamaAdapter(MultimodalModel):
         config = LlamaAdapterConfig(language_model.config, vision_config_named(encoder_folder), **settings)
         form = FORMS[config.version]
         tower = form.encoder.from_pretrained(encoder_folder, *_encoder_options(config), dtype=dtype)
-        processor = _open_processor(llm_folder, encoder_folder, config)
-        config.image_token_id = processor.image_token_id
-        model = cls(config, tower, None, language_model, processor)
+        model = cls(config, tower, None, language_model)
+        model.attach_processor(llm, encoder)
         model.name_bases(llm=llm, encoder=encoder)
         return model
 
@@ -399,13 +397,19 @@ class LlamaAdapter(MultimodalModel):
             model = cls(config, None, None, language_model)
             if rank:
                 model.add_lora(replace(_V2_LORA, rank=rank, alpha=rank))
-        model.processor = _open_processor(llm_folder, encoder_folder, config)
-        config.image_token_id = model.processor.image_token_id
+        model.attach_processor(llm, encoder)
         model.name_bases(llm=llm, encoder=encoder)
         model.trained_parts |= {"prompts", "gates"} if version == "v1" else set(_V2_7B_PARTS)
         check_state("LlamaAdapter.from_original", model.trained_state(), found)
         model.load_state_dict(found, strict=False, assign=True)
         return model, names
+
+    def processor_settings(self) -> dict[str, Any]:
+        """As in `MultimodalModel`; an image takes no place in the text."""
+        from mmfast.data.prompt_processor import PromptProcessor
+
+        order = self.config.channel_order
+        return {**super().processor_settings(), "tokens_per_image": 1, "kind": PromptProcessor, "channel_order": order}
 
     def to_original(self, folder: str | Path) -> dict[str, str]:
         """Writes `adapter.pth` in the layout of version 1, or of version 2's multimodal 7B.
@@ -584,9 +588,3 @@ def _norms(language_model: nn.Module) -> list[nn.Module]:
 
 def _in_dtype_of_input(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(inputs[0].dtype)
-
-
-def _open_processor(llm: Path, encoder: Path, config: LlamaAdapterConfig) -> Processor:
-    from mmfast.data.prompt_processor import PromptProcessor
-
-    return open_processor(llm, encoder, config.template, 1, PromptProcessor, channel_order=config.channel_order)

@@ -360,12 +360,20 @@ class Llava(MultimodalModel):
         }
         model = cls.skeleton(llm_folder, encoder_folder, **settings)
         model.language_model.to(getattr(torch, dtype))
-        processor = open_processor(llm_folder, encoder_folder, settings["template"], model.encoder.num_patches)
-        model.processor, model.config.image_token_id = processor, processor.image_token_id
+        model.attach_processor(llm, encoder)
         model.name_bases(llm=llm, encoder=encoder)
         check_state(f"{cls.__name__}.from_original", model.trained_state(), state)
         model.load_state_dict(state, strict=False, assign=True)
         return model, {f"connector.{key}": name for key, name in keys.items()}
+
+    def attach_processor(self, llm: str | Path, encoder: str | Path) -> None:
+        """As in `MultimodalModel`; the image processor must suit the canvases of high resolution."""
+        super().attach_processor(llm, encoder)
+        _check_tiles("Llava", self.processor, self.anyres)
+
+    def processor_settings(self) -> dict[str, Any]:
+        """As in `MultimodalModel`."""
+        return {**super().processor_settings(), **_processing(cast(LlavaConfig, self.config))}
 
     def part_parameters(self, part: str) -> dict[str, nn.Parameter]:
         """The parameters of a part by their full names; the newline belongs to the connector.

@@ -26,7 +26,6 @@ from mmfast.models.minigpt4_original import read_original, write_original
 from mmfast.models.parts import (
     as_config,
     open_language_model,
-    open_processor,
     resolve_language_model,
 )
 from mmfast.models.stages import LoraSpec, Stage
@@ -271,16 +270,21 @@ class MiniGPT4(MultimodalModel):
 
     def _name_parts(self, llm: str | Path, encoder: str | Path, q_former: str | Path) -> None:
         """Opens the processor of pretrained parts, and writes down what they are."""
-        folders = resolve_language_model(llm), FrozenEncoder.resolve(encoder)
-        processor: Any = open_processor(*folders, self.config.template, self.features_per_medium)
-        size = self.config.image_size
-        if size is not None:
-            processor.image_processor.size = {"height": size, "width": size}
-        self.processor = processor
-        self.config.image_token_id = processor.image_token_id
+        self.attach_processor(llm, encoder)
         self.name_bases(llm=llm, encoder=encoder, q_former=q_former)
         if q_former:
             self.trained_parts.discard("q_former")
+
+    def attach_processor(self, llm: str | Path, encoder: str | Path) -> None:
+        """As in `MultimodalModel`."""
+        super().attach_processor(llm, encoder)
+        size = self.config.image_size
+        if size is not None:
+            cast(Any, self.processor).image_processor.size = {"height": size, "width": size}
+
+    def processor_settings(self) -> dict[str, Any]:
+        """As in `MultimodalModel`."""
+        return {"template": self.config.template, "tokens_per_image": self.features_per_medium}
 
     @property
     def features_per_medium(self) -> int:

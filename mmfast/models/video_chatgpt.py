@@ -20,7 +20,6 @@ from mmfast.models.base import MultimodalModel
 from mmfast.models.parts import (
     as_config,
     open_language_model,
-    open_processor,
     resolve_language_model,
 )
 from mmfast.models.stages import Stage
@@ -152,29 +151,15 @@ class VideoChatGpt(MultimodalModel):
         num_frames: int,
         chat_template: str,
     ) -> VideoChatGpt:
-        from mmfast.data.video_processor import VideoProcessor
-
-        processor = cast(
-            VideoProcessor,
-            open_processor(
-                resolve_language_model(llm),
-                ClipEncoder.resolve(encoder),
-                "vicuna_v1",
-                num_frames + vision.num_patches + 2,
-                VideoProcessor,
-                num_frames=num_frames,
-                chat_template=chat_template,
-            ),
-        )
         config = VideoChatGptConfig(
             text_config=language_model.config,
             vision_config=vision.config,
             num_frames=num_frames,
             vision_feature_layer=vision.layer,
             chat_template=chat_template,
-            image_token_id=processor.image_token_id,
         )
-        model = cls(config, vision, language_model, processor)
+        model = cls(config, vision, language_model)
+        model.attach_processor(llm, encoder)
         model.name_bases(llm=llm, encoder=encoder)
         return model
 
@@ -209,6 +194,14 @@ class VideoChatGpt(MultimodalModel):
         """The published one, "instruct"."""
         # docs/train_video_chatgpt.md; one learning rate for all that trains.
         return {"instruct": Stage("instruct", "vicuna_v1", {"connector": 2e-5, "markers": 2e-5})}
+
+    def processor_settings(self) -> dict[str, Any]:
+        """As in `MultimodalModel`."""
+        from mmfast.data.video_processor import VideoProcessor
+
+        frames = {"num_frames": self.config.num_frames, "chat_template": self.config.chat_template}
+        tokens = self.features_per_medium
+        return {"template": "vicuna_v1", "tokens_per_image": tokens, "kind": VideoProcessor, **frames}
 
     @property
     def features_per_medium(self) -> int:

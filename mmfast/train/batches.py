@@ -32,6 +32,8 @@ class MicroBatch:
     """The samples' ids, for messages."""
     inputs: dict[str, Tensor]
     """input_ids, attention_mask, labels and, where there are media, the model's `media_inputs`; on the CPU."""
+    bad: tuple[str, ...] = ()
+    """Errors of the bad samples in whose place others stand."""
 
     @property
     def kind(self) -> str:
@@ -40,7 +42,7 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """The same in page-locked memory; the loader calls it where there is a GPU."""
-        return MicroBatch(self.ids, {name: value.pin_memory() for name, value in self.inputs.items()})
+        return MicroBatch(self.ids, {name: value.pin_memory() for name, value in self.inputs.items()}, self.bad)
 
 
 def supervised_tokens(labels: Tensor) -> int:
@@ -120,7 +122,11 @@ class _Collate:
         groups = [encoded]
         if self.split_kinds:
             groups = [[item for item in encoded if bool(item.media) is media] for media in (False, True)]
-        return [MicroBatch([item.id for item in group], self.processor.collate(group)) for group in groups if group]
+        return [self._batch(group) for group in groups if group]
+
+    def _batch(self, group: list[Encoded]) -> MicroBatch:
+        bad = tuple(error for item in group for error in item.bad)
+        return MicroBatch([item.id for item in group], self.processor.collate(group), bad)
 
 
 def _outlive_stop_signals(worker: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
+from mmfast.data.budget import allowed_bad
 from mmfast.files import write_atomically
 
 __all__ = ["StageConfig", "TrainConfig", "load_config", "load_recipe", "recipe_names", "save_config"]
@@ -24,8 +25,7 @@ class StageConfig:
     """Name of the stage in the model's table: align (the connector alone), instruct (connector and language
     model) or instruct_lora (connector and LoRA)."""
     data: str | list[str] | None = None
-    """Training samples of this stage: a JSON or JSONL file, or world:<split>; a list joins several. None: the run's
-    `data`."""
+    """Training samples of this stage, as `data` of the run; a list joins several. None: the run's `data`."""
     media_folder: str | None = None
     """Folder of this stage's images. None: the run's `media_folder`."""
     template: str | None = None
@@ -130,8 +130,8 @@ class TrainConfig:
     start_from: str | None = None
     """A finished run (or saved model folder) whose trained parts this run starts with. None: fresh ones."""
     data: str | list[str] | None = None
-    """Training samples: a JSON or JSONL file, world:<split> for the embedded world, or scienceqa:<path of
-    problems.json>:<split>; a list joins several. A stage may name its own."""
+    """Training samples: a JSON or JSONL file, a tar, a folder of Hugging Face datasets, or <format>:<rest> as in
+    docs/data.md, such as world:<split> for the embedded world; a list joins several. A stage may name its own."""
     media_folder: str | None = None
     """Folder to which the samples' image paths are relative. None: the folder of the data file."""
     out: str = "runs/train"
@@ -170,6 +170,9 @@ class TrainConfig:
     """How many checkpoints stay on the disk."""
     max_nonfinite_steps: int = 10
     """The run stops when more than so many steps had to be skipped because of a loss that is not finite."""
+    max_bad: int | str = 0
+    """How many samples of a stage's data may be bad, such as with a broken image: a number, or a share such as 0.1%.
+    Each is named and counted, and the next good one takes its place; one more stops the run."""
 
     def __post_init__(self) -> None:
         from mmfast.models import SYSTEMS
@@ -188,6 +191,9 @@ class TrainConfig:
         for name in ("seed", "num_workers", "max_nonfinite_steps"):
             value = getattr(self, name)
             _check(_integer(value) and value >= 0, name, value, "a whole number of 0 or more")
+        allowed_bad(self.max_bad, 1)
+        if self.feature_cache is not None:
+            _check(str(self.max_bad) == "0", "max_bad", self.max_bad, "0 with a feature_cache, which reads all videos")
 
     def check_complete(self) -> None:
         """Raises ValueError naming the first field without which no run can start."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.data import Subset
 
-from mmfast.evaluate.samples import open_samples
+from mmfast.data.budget import spent_budget
+from mmfast.evaluate.samples import world_split
 from mmfast.train.advice import explained_out_of_memory
 from mmfast.train.batches import MicroBatch, make_micro_batches, training_windows
 from mmfast.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state, write_checkpoint
@@ -22,8 +23,17 @@ from mmfast.train.memory import peak_memory_mb, reset_peak_memory
 from mmfast.train.rng import rng_state, seed_everything, set_rng_state
 from mmfast.train.run import Progress, RunFolder, StageResult, versions
 from mmfast.train.schedule import steps_in_stage, warmup_cosine, warmup_unshifted_cosine
-from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_processor, set_recompute, torch_dtype
+from mmfast.train.setup import (
+    build_model,
+    enter_stage,
+    resolve_stage,
+    set_processor,
+    set_recompute,
+    stage_seed,
+    torch_dtype,
+)
 from mmfast.train.signals import StopRequest, TrainingInterrupted
+from mmfast.train.sources import Sources, check_first_samples
 from mmfast.train.step import (
     WindowResult,
     accumulate_gradients,
@@ -63,6 +73,8 @@ class TrainResult:
     """Optimiser steps of the whole run."""
     nonfinite_steps: int
     """Steps that were skipped because the loss or a gradient was not finite."""
+    bad_samples: list[str]
+    """Errors of the bad samples that were replaced, each once in a stage; see `TrainConfig.max_bad`."""
 
 
 @dataclass
@@ -76,6 +88,7 @@ class _Run:
     progress: Progress
     log: StepLog
     stop: StopRequest
+    sources: Sources
 
 
 @dataclass
@@ -90,6 +103,7 @@ class _RunningStage:
     names: dict[nn.Parameter, str]
     windows: Iterator[list[MicroBatch]]
     clipped: list[list[nn.Parameter]]
+    allowed_bad: int
 
 
 def train(
@@ -113,8 +127,8 @@ def train(
         FileExistsError: If a new run would overwrite one.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If the optimiser needs a package that is missing or too old.
-        RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, or something that should
-            train gets no gradient.
+        RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, more than `config.max_bad`
+            samples are bad, or something that should train gets no gradient.
         TrainingInterrupted: After a checkpoint was written because of SIGTERM or Ctrl-C.
     """
     from accelerate import Accelerator
@@ -133,6 +147,8 @@ def train(
     seed_everything(config.seed)
     model = build_model(config)
     stages = [resolve_stage(model, stage) for stage in config.stages]
+    sources = Sources(config)
+    check_first_samples(model, stages, config, sources)
     if not checkpoint and accelerator.is_main_process:
         folder.start(config)
     progress = Progress.from_dict(checkpoint.state["progress"]) if checkpoint else Progress()
@@ -146,7 +162,7 @@ def train(
         StepLog(folder.log, progress.total_steps, accelerator.is_main_process) as log,
         StopRequest() as stop,
     ):
-        run = _Run(config, folder, accelerator, model, progress, log, stop)
+        run = _Run(config, folder, accelerator, model, progress, log, stop, sources)
         for index in range(progress.stage, len(stages)):
             with explained_out_of_memory(config, index):
                 _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
@@ -156,15 +172,16 @@ def train(
         model.save_trained(folder.model)
     accelerator.wait_for_everyone()
     accelerator.print(f"train: done; the model is in {folder.model}")
-    return TrainResult(model.eval(), folder.path, progress.finished, progress.total_steps, progress.nonfinite_steps)
+    bad = [error for stage in progress.finished for error in stage.bad_samples]
+    counts = progress.total_steps, progress.nonfinite_steps
+    return TrainResult(model.eval(), folder.path, progress.finished, *counts, bad)
 
 
 def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _RunningStage:
     """Gets the stage ready, from its beginning or, in the midst of it, from `checkpoint`."""
     progress, model, accelerator = run.progress, run.model, run.accelerator
     config = run.config.stages[progress.stage]
-    # Each stage is seeded anew, so what happens between two stages cannot change the second.
-    seed = (run.config.seed + 1) * 1_000_003 + progress.stage
+    seed = stage_seed(run.config, progress.stage)
     seed_everything(seed)
     if checkpoint is None:
         enter_stage(model, stage, accelerator.device)
@@ -198,24 +215,25 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         split_kinds=stage.routes is not None,
     )
     clipped = clip_groups(model, stage)
-    return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped)
+    return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped, dataset.max_bad)
 
 
 def _open_data(run: _Run, config: StageConfig) -> tuple[JoinedDataset, list[int]]:
     """The stage's samples, of one source or of several, and the longest of them, as far as they were counted."""
     from mmfast.data import EncodedDataset, JoinedDataset, check_supervision
 
-    data, datasets = config.data or run.config.data, []
-    heaviest: list[int] = []
-    for name in [data] if isinstance(data, str) else cast(list[str], data):
-        samples, media_folder = open_samples(name, config.media_folder or run.config.media_folder)
+    datasets = []
+    heaviest: list[tuple[int, int]] = []
+    left = allowed = run.sources.allowed_bad(config)
+    for name, samples, media_folder in run.sources.of(config):
         datasets.append(EncodedDataset(samples, cast(Any, run.model.processor), media_folder))
-        if isinstance(samples, list):
+        if world_split(name) is None:
             # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
             start = sum(map(len, datasets[:-1]))
-            report = check_supervision(datasets[-1], limit=_CHECKED_AT_START)
-            heaviest = [*heaviest, *(start + index for index in report.heaviest)]
-    return JoinedDataset(datasets), heaviest
+            report = check_supervision(datasets[-1], _CHECKED_AT_START, left)
+            left -= report.bad
+            heaviest += [(tokens, start + index) for tokens, index in report.heaviest]
+    return JoinedDataset(datasets, allowed), [index for _, index in sorted(heaviest, reverse=True)]
 
 
 def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[int]) -> None:
@@ -263,6 +281,7 @@ def _train_stage(run: _Run, running: _RunningStage) -> None:
     for window in running.windows:
         rates = _set_rates(running, progress.step)
         result, norm = _optimizer_step(run, running, window)
+        _count_bad(run, running, window, result)
         progress.step += 1
         progress.total_steps += 1
         now = time.perf_counter()
@@ -316,6 +335,7 @@ def _finish_stage(run: _Run, running: _RunningStage) -> None:
             seconds=round(progress.seconds, 3),
             peak_memory_mb=round(progress.peak_memory_mb, 1),
             loss=progress.last_loss,
+            bad_samples=progress.bad_samples,
         )
     )
     progress.next_stage()
@@ -371,6 +391,7 @@ def _write_line(
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_second": round(result.tokens / seconds, 1),
             "skipped": skipped,
+            "bad_samples": len(progress.bad_samples),
         }
     )
 
@@ -386,6 +407,25 @@ def _count_nonfinite(run: _Run, window: list[MicroBatch]) -> None:
             "are accepted; look at these samples, lower the learning rate, or train in float32"
         )
     run.accelerator.print(f"train: {message}; the step was skipped ({progress.nonfinite_steps} of {most})")
+
+
+def _count_bad(run: _Run, running: _RunningStage, window: list[MicroBatch], result: WindowResult) -> None:
+    """Names the bad samples that a window has met first, and stops where they are more than may be."""
+    if not result.bad:
+        return
+    errors = [error for batch in window for error in batch.bad]
+    if run.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        errors = gather_object(errors)
+    known = run.progress.bad_samples
+    for error in dict.fromkeys(errors):
+        if error not in known:
+            known.append(error)
+            count = f"{len(known)} of {running.allowed_bad}"
+            run.accelerator.print(f"train: a bad sample, the next takes its place ({count}): {error}")
+    if len(known) > running.allowed_bad:
+        raise RuntimeError(f"train: {spent_budget(known, running.allowed_bad)}")
 
 
 def _save(run: _Run, optimizer: dict[str, torch.Tensor]) -> Path:

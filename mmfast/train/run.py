@@ -14,7 +14,7 @@ from mmfast.train.config import TrainConfig, load_config, save_config
 __all__ = ["Progress", "RunFolder", "StageResult", "versions"]
 
 # A resumed run may differ in these: they change nothing of what is computed.
-_FREE = ("out", "num_workers", "log_every", "save_every", "keep_checkpoints", "max_nonfinite_steps")
+_FREE = ("out", "num_workers", "log_every", "save_every", "keep_checkpoints", "max_nonfinite_steps", "max_bad")
 
 
 @dataclass
@@ -33,6 +33,8 @@ class StageResult:
     """Peak of GPU memory, or of the process's resident memory, in MB of 10^6 bytes; the largest of all resumes."""
     loss: float | None
     """Loss of its last step; None if that one was not finite."""
+    bad_samples: list[str] = field(default_factory=list)
+    """Errors of the bad samples that were met and replaced, each once."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Progress:
     """Whether the running stage's gradients were checked."""
     last_loss: float | None = None
     """Loss of the last step; None before the first, and where it was not finite."""
+    bad_samples: list[str] = field(default_factory=list)
+    """Errors of the bad samples that the running stage has met, each once."""
     finished: list[StageResult] = field(default_factory=list)
     """The stages that are done."""
 
@@ -66,6 +70,7 @@ class Progress:
         self.step = 0
         self.seconds = self.peak_memory_mb = 0.0
         self.gradients_checked = False
+        self.bad_samples = []
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,15 +15,19 @@ from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from mmfast.data import Processor
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
 __all__ = [
     "build_model",
+    "build_processor",
     "enter_stage",
     "resolve_stage",
     "set_processor",
     "set_recompute",
+    "stage_processor",
+    "stage_seed",
     "system_options",
     "torch_dtype",
 ]
@@ -31,6 +36,11 @@ __all__ = [
 def torch_dtype(config: TrainConfig) -> torch.dtype:
     """The dtype of the frozen weights and of the computation."""
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def stage_seed(config: TrainConfig, index: int) -> int:
+    """The seed of a stage: of its data's order, among others. What happens in one stage cannot change the next."""
+    return (config.seed + 1) * 1_000_003 + index
 
 
 def build_model(config: TrainConfig) -> MultimodalModel:
@@ -135,16 +145,22 @@ def enter_stage(model: MultimodalModel, stage: Stage, device: torch.device) -> N
 
 def set_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max_length: int) -> None:
     """Gives the model's processor the stage's template and limits; the model is saved with the template too."""
+    model.processor = stage_processor(model, stage, config, max_length)
+    model.config.template = stage.template
+
+
+def stage_processor(model: MultimodalModel, stage: Stage, config: StageConfig, max_length: int) -> Processor:
+    """A copy of the model's processor with the stage's template and limits."""
     from mmfast.data import get_template
 
-    processor: Any = model.processor
+    processor: Any = copy.copy(model.processor)
     processor.template = get_template(stage.template)
-    model.config.template = stage.template
     limit = getattr(model.language_model.config, "max_position_embeddings", None) or max_length
     processor.max_length = min(max_length, limit)
     for name in ("pad_to_square", "media_first"):
         if getattr(config, name) is not None:
             setattr(processor, name, getattr(config, name))
+    return cast(Any, processor)
 
 
 def _check_base(config: TrainConfig, system: type[MultimodalModel], options: dict[str, Any]) -> None:
@@ -185,3 +201,24 @@ def _start_from(model: MultimodalModel, folder: str) -> None:
     model.trained_parts |= set(description["trained"])
     fresh = {name: tensor for name, tensor in model.trained_state().items() if name in model.optional_tensors}
     model.load_trained_state(fresh | read_state(found))
+
+
+def build_processor(config: TrainConfig, stage: StageConfig | None = None) -> Processor:
+    """The processor that samples go through in a stage; no weights are read.
+
+    Args:
+        config: The run. Its language model and encoder must be there, of which tokenizer, image processor and
+            configuration are read.
+        stage: The stage. None: the model's last one, with the published settings.
+
+    Raises:
+        FileNotFoundError: If a pretrained part is not there.
+        ValueError: If an option or the stage is not one of the system's.
+    """
+    from mmfast.models import get_system
+
+    system = get_system(config.system)
+    model = system.skeleton(config.llm, config.encoder, **system_options(config, system))
+    model.attach_processor(config.llm, config.encoder)
+    stage = stage or StageConfig(list(model.stages())[-1])
+    return stage_processor(model, resolve_stage(model, stage), stage, config.max_length)

@@ -55,6 +55,8 @@ class WindowResult:
     """Rows of the media that went in; 0 where there was text alone."""
     kinds: frozenset[str]
     """Kinds of its micro-batches: "media", "text"."""
+    bad: int
+    """Bad samples that were replaced in it."""
 
 
 def check_optimizer(name: str) -> None:
@@ -137,8 +139,9 @@ def accumulate_gradients(
         *(sum(supervised_tokens(b.inputs["labels"]) for b in window if b.kind == kind) for kind in _OTHER),
         sum(int(batch.inputs["attention_mask"].sum()) for batch in window),
         sum(len(batch.inputs[name]) for batch in window for name in media_inputs if name in batch.inputs),
+        sum(len(batch.bad) for batch in window),
     ]
-    *by_kind, tokens, media = _sum_over_processes(counts, accelerator)
+    *by_kind, tokens, media, bad = _sum_over_processes(counts, accelerator)
     own, supervised = dict(zip(_OTHER, by_kind, strict=True)), sum(by_kind)
     routes = stage.routes if stage else None
     others = untrained(model, stage)
@@ -159,7 +162,7 @@ def accumulate_gradients(
         _sum_gradients(model, accelerator)
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
     kinds = frozenset(kind for kind, count in own.items() if count)
-    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds)
+    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds, bad)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -181,8 +181,14 @@ def test_load_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"id": "a"},\n {"id": }]', r"data.json:2: broken JSON: Expecting value \(column 9\)"),
+        (
+            '[{"messages": [{"role": "user", "content": "x"}]},\n {"id": }]',
+            r"data.json:2: broken JSON: Expecting value \(column 9\)",
+        ),
         ('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n\n{"id"', "data.json:3: broken JSON"),
+        ('[{"messages": [{"role": "user", "content": "x"}]}', "data.json: broken JSON: '' where its list ends"),
+        ('[{"messages": [{"role": "user", "content": "x"}]},]', "data.json:1: broken JSON: Expecting value"),
+        ('[{"messages": [{"role": "user", "content": "x"}]} 3]', "broken JSON: '3]' where its list ends"),
         ("[]", "no samples"),
         ("", "no samples"),
         ("[1]", "a record is 1; expected an object"),

@@ -37,15 +37,20 @@ def launch(tmp_path: Path, config: Path) -> str:
     return done.stdout
 
 
-def test_two_processes_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_two_processes_are_one(make_config: MakeConfig, data: str, tmp_path: Path) -> None:
     # Batches of 3 leave the two processes unequal shares; the epoch's last batch of 2 has 20 % 3 samples.
     options = {"align": {"batch_size": 3, "max_steps": 7}, "lora": {"lora_dropout": 0.0, "batch_size": 5}}
+    # Two samples are bad, whichever of the processes meets them.
+    records = json.loads(Path(data).read_text())
+    for index in (1, 8):
+        records[index]["messages"][0]["content"][0]["image"] = f"lost-{index}.png"
+    (Path(data).parent / "lost.json").write_text(json.dumps(records))
+    options |= {"data": str(Path(data).parent / "lost.json"), "max_bad": 2}
     single = train(make_config(**options, out=str(tmp_path / "single")))
-    config, cache = tmp_path / "double.yaml", tmp_path / "cache"
-    save_config(make_config(**options, out=str(tmp_path / "double"), save_every=3, feature_cache=str(cache)), config)
+    config = tmp_path / "double.yaml"
+    save_config(make_config(**options, out=str(tmp_path / "double"), save_every=3), config)
     output = launch(tmp_path, config)
     assert output.count("stage align: 7 steps") == 1, "only the first process speaks"
-    assert len(list(cache.rglob("*.safetensors"))) == 16, "both fill the cache, which has every image once"
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("single", "double")
@@ -55,6 +60,8 @@ def test_two_processes_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
         assert abs(line["loss"] - other["loss"]) < 1e-4 * line["loss"]
         assert line["supervised_tokens"] == other["supervised_tokens"]
         assert line["lr"] == other["lr"]
+        assert line["bad_samples"] == other["bad_samples"]
+    assert one[6]["bad_samples"] == 2
     expected = single.model.trained_state()
     found = load_file(tmp_path / "double" / "model" / "trained.safetensors")
     for name, tensor in found.items():

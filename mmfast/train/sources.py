@@ -1,0 +1,62 @@
+"""The data of a run, opened and tried before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from mmfast.data.budget import allowed_bad
+from mmfast.evaluate.samples import open_samples
+from mmfast.train.config import StageConfig, TrainConfig
+from mmfast.train.setup import stage_processor
+
+if TYPE_CHECKING:
+    from mmfast.data import Sample
+    from mmfast.models.base import MultimodalModel
+    from mmfast.models.stages import Stage
+
+__all__ = ["Sources", "check_first_samples"]
+
+# Samples, at the most, of which one at least must be good for a run to start.
+_MOST_TRIED = 100
+
+
+class Sources:
+    """The data of all stages, opened before anything trains, each once."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._opened: dict[tuple[str, str | None], Any] = {}
+        for stage in config.stages:
+            self.of(stage)
+
+    def of(self, stage: StageConfig) -> list[tuple[str, Sequence[Sample], str | None]]:
+        """Name, samples and media folder of each source of a stage."""
+        data, folder = stage.data or self._config.data, stage.media_folder or self._config.media_folder
+        found = []
+        for name in [data] if isinstance(data, str) else cast(list[str], data):
+            if (name, folder) not in self._opened:
+                # With a budget a malformed sample counts as any other bad one.
+                strict = str(self._config.max_bad) == "0"
+                self._opened[name, folder] = open_samples(name, folder, strict)
+            found.append((name, *self._opened[name, folder]))
+        return found
+
+    def allowed_bad(self, stage: StageConfig) -> int:
+        """How many samples of a stage may be bad."""
+        return allowed_bad(self._config.max_bad, sum(len(samples) for _, samples, _ in self.of(stage)))
+
+
+def check_first_samples(model: MultimodalModel, stages: Sequence[Stage], config: TrainConfig, sources: Sources) -> None:
+    """Has each stage read the beginning of each of its sources, so that what never fits is refused at once.
+
+    Raises:
+        ValueError: If there is no good sample among the first; as `check_supervision`.
+    """
+    from mmfast.data import EncodedDataset, check_supervision
+
+    for stage, own in zip(stages, config.stages, strict=True):
+        processor = stage_processor(model, stage, own, config.max_length)
+        for _, samples, folder in sources.of(own):
+            allowed = min(sources.allowed_bad(own), _MOST_TRIED - 1, len(samples) - 1)
+            check_supervision(EncodedDataset(samples, processor, folder), limit=allowed + 1, max_bad=allowed)
