@@ -147,6 +147,8 @@ def train(
     seed_everything(config.seed)
     model = build_model(config)
     stages = [resolve_stage(model, stage) for stage in config.stages]
+    for index in range(len(stages)):
+        set_recompute(model, config, index)  # what cannot be is an error now, before there is a run folder
     sources = Sources(config)
     check_first_samples(model, stages, config, sources)
     if not checkpoint and accelerator.is_main_process:

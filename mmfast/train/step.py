@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def build_optimizer(
                 group = {"name": part["name"], "params": params, "lr": part["lr"], "peak_lr": part["lr"]}
                 groups.append(group | {"weight_decay": decay})
     if optimizer == "adamw_8bit":
+        # Its import warns of a package for products of 4-bit matrices, which are not made here.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from mmfast.train.eight_bit import AdamW8bit
 
         reduced: torch.optim.Optimizer = AdamW8bit(groups, betas=config.betas)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BACKENDS, DTYPES, KERNELS, TOLERANCE
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from zero_init_cases import NAMES, PROMPTS, assert_close, double, run, some
 
 from mmfast.ops import extension, zero_init_attention
@@ -48,6 +49,24 @@ def test_cpu_close_to_float64_in_several_blocks(dtype: torch.dtype) -> None:
     tensors = some(2, 2, 1100, 64, 10, words=4, key_heads=1, dtype=dtype)
     assert_close("cpu", tensors, ("query", *PROMPTS))
     assert_close("cpu", some(1, 1, 300, 256, 32, words=2, dtype=dtype), PROMPTS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_checkpointing(backend: str) -> None:
+    """It hands each saved tensor out once."""
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        tensors = {name: tensor.detach().requires_grad_() for name, tensor in some().items()}
+
+        def call(*values: Tensor) -> Any:
+            return zero_init_attention(**dict(zip(tensors, values, strict=True)), backend=backend)  # noqa: B023
+
+        values = tuple(tensors.values())
+        (checkpoint(call, *values, use_reentrant=False) if checkpointed else call(*values)).sum().backward()
+        gradients.append([tensor.grad for tensor in values])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dim", [128, 200, 256])
