@@ -10,12 +10,13 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mmfast.adapt.optimize import optimize
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
-from mmfast.train.setup import resolve_stage, system_options, torch_dtype
+from mmfast.train.setup import enter_stage, resolve_stage, system_options, torch_dtype
 from mmfast.train.simulate import StepMemory, as_fake, simulate_step
 
 if TYPE_CHECKING:
@@ -274,11 +275,12 @@ class _StageOnPaper:
             optimize(model.language_model)
         if self.base_dtype in ("int8", "nf4"):
             _quantise_on_paper(model.get_decoder(), self.base_dtype)
+        _set_dtypes(model, self.config)
         for config in self.config.stages[: self.index + 1]:
             stage = resolve_stage(model, config)
-            model.set_stage(stage)
+            enter_stage(model, stage, torch.device("meta"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        as_fake(model, mode, torch_dtype(self.config))
+        as_fake(model, mode)
         return model, stage, mode
 
     @property
@@ -328,6 +330,14 @@ class _StageOnPaper:
         buffers = {id(buffer): buffer for buffer in model.language_model.buffers()}
         parts["language_model"]["weights"] += sum(map(_nbytes, buffers.values()))
         return parts
+
+
+def _set_dtypes(model: MultimodalModel, config: TrainConfig) -> None:
+    """What comes pretrained has the run's dtype; what is put between and inside is made in float32."""
+    pretrained = {"encoder", "language_model", "norms"} | {base for base in model.bases if config.options.get(base)}
+    for part in model.parts:
+        for parameter in model.part_parameters(part).values() if part in pretrained else ():
+            parameter.data = parameter.data.to(torch_dtype(config))
 
 
 def _quantise_on_paper(decoder: nn.Module, kind: Any) -> None:

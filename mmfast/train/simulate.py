@@ -43,20 +43,13 @@ class StepMemory:
     """The most that is allocated at one time."""
 
 
-def as_fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
-    """Replaces the model's tensors, in place, by fake ones on the CPU.
-
-    Frozen floating-point parameters get `dtype`, trained ones float32, as `enter_stage` has them; integers and buffers
-    keep their own.
-    """
+def as_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replaces the model's tensors, in place, by fake ones of the same dtypes on the CPU."""
     made: dict[int, Any] = {}
 
     def fake(tensor: Tensor, parameter: bool) -> Any:
         if id(tensor) not in made:
-            kind = tensor.dtype
-            if parameter and kind.is_floating_point:
-                kind = torch.float32 if tensor.requires_grad else dtype
-            new = torch.empty(tensor.shape, dtype=kind, device="cpu")
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             # The old one is kept so that no other gets its id.
             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new, tensor
         return made[id(tensor)][0]
