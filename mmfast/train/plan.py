@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mmfast.adapt.optimize import optimize
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
+from mmfast.models.parts import quantized_format
 from mmfast.train.config import StageConfig, TrainConfig
 from mmfast.train.setup import enter_stage, resolve_stage, system_options, torch_dtype
 from mmfast.train.simulate import StepMemory, as_fake, simulate_step
@@ -119,7 +121,7 @@ def plan_stage(
         ValueError: If a sample of this length has no room for its media, or the settings are not the system's.
     """
     stage = config.stages[index]
-    paper = _StageOnPaper(config, index, config.base_dtype, length)
+    paper = _StageOnPaper(config, index, _base_dtype(config), length)
     return paper.plan(micro_batch_size or _micro_batch_size(stage), _policies(config, stage))
 
 
@@ -144,8 +146,8 @@ def fit(
     Raises:
         PlanError: If nothing fits; the message has the nearest.
     """
-    dtypes: list[str | None] = [config.base_dtype]
-    if config.base_dtype is None and all("language_model" not in _trained_parts(config, s) for s in config.stages):
+    dtypes = [_base_dtype(config)]
+    if dtypes == [None] and all("language_model" not in _trained_parts(config, s) for s in config.stages):
         dtypes += ["int8", "nf4"]
     nearest: list[Plan] = []
     for base_dtype in dtypes:
@@ -170,12 +172,12 @@ def knobs(config: TrainConfig, index: int) -> list[tuple[str, Plan]]:
     """Single changes that save memory in a stage, the cheapest first: what to set, and the plan with it."""
     stage = config.stages[index]
     size, policies = _micro_batch_size(stage), _policies(config, stage)
-    paper = _StageOnPaper(config, index, config.base_dtype)
+    paper = _StageOnPaper(config, index, _base_dtype(config))
     now = paper.plan(size, policies)
     found = [(f"recompute: {policy}", paper.plan(size, policy)) for policy in ("mlp", "full") if paper.allows(policy)]
     if size > 1:
         found.append((f"stages[{index}].micro_batch_size: {size // 2}", paper.plan(size // 2, policies)))
-    if config.base_dtype is None and "language_model" not in _trained_parts(config, stage):
+    if paper.base_dtype is None and "language_model" not in _trained_parts(config, stage):
         for kind in ("int8", "nf4"):
             found.append((f"base_dtype: {kind}", _StageOnPaper(config, index, kind).plan(size, policies)))
     saving = [(name, plan) for name, plan in found if plan.total < _WORTHWHILE * now.total]
@@ -361,6 +363,12 @@ def _with_plans(config: TrainConfig, plans: list[Plan]) -> TrainConfig:
         for stage, plan in zip(config.stages, plans, strict=True)
     ]
     return dataclasses.replace(config, base_dtype=cast(Any, plans[0].base_dtype), stages=stages)
+
+
+def _base_dtype(config: TrainConfig) -> str | None:
+    """The configured one, or that of a language model whose folder is quantised already."""
+    folder = Path(config.llm).expanduser()
+    return config.base_dtype or (quantized_format(folder, None) if folder.is_dir() else None)
 
 
 def _trained_parts(config: TrainConfig, stage: StageConfig) -> set[str]:

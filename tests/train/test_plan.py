@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from allocated import peak_bytes
 
+from mmfast.adapt import quantize_checkpoint
 from mmfast.train import TrainConfig, load_config, load_recipe, train
 from mmfast.train import loop as loop_module
 from mmfast.train.batches import MicroBatch
@@ -115,6 +116,17 @@ def test_a_large_model_is_planned_without_memory() -> None:
     assert plan.parts["lora"]["optimizer"] == 8 * 319_815_680
     with pytest.raises(ValueError, match="a sample of 100 tokens has no room for a medium of 576"):
         plan_stage(load_recipe("llava-1.5-lora"), 0, length=100)
+
+
+def test_a_quantised_base(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(max_length=200, base_dtype="int8")
+    plan = plan_stage(config, 1)
+    model, _ = prepared(config, 1)
+    tensors = [*model.part_parameters("language_model").values(), *model.language_model.buffers()]
+    assert plan.parts["language_model"]["weights"] == sum(tensor.nbytes for tensor in tensors)
+    folder = tmp_path / "int8"
+    quantize_checkpoint(config.llm, folder, format="int8")
+    assert plan_stage(make_config(max_length=200, llm=str(folder)), 1).parts == plan.parts
 
 
 def test_sizes_of_memories() -> None:
