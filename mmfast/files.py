@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +18,53 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "explained_writing",
     "file_sha256",
     "fsync_folder",
     "load_pickled",
     "read_tensors",
+    "remove_leftovers",
     "replace_atomically",
+    "replace_folder",
+    "system_error",
     "write_atomically",
     "write_json",
 ]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+# safetensors names its own temporary files `.tmp<letters>`.
+_LEFTOVERS = ".tmp*"
+_REPLACED = ".tmp-old-"
+
+
+@contextmanager
+def explained_writing(path: Path) -> Iterator[None]:
+    """Turns what the system says when `path` cannot be written into an error that says all of it.
+
+    Raises:
+        OSError: Of the system's kind and number; it names `path`, what is wrong and what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, path)
+        if number is None:
+            raise
+        if number in _FULL:
+            advice = f"{_free(path)} are free on its disk; free some space there, or choose another folder"
+        elif number in _FORBIDDEN:
+            advice = "a folder that you may write in is accepted; change its permissions, or choose another folder"
+        else:
+            advice = "a folder on a disk that works is accepted; choose another folder"
+        raise system_error(number, f"{path}: it cannot be written: {os.strerror(number)}; {advice}") from error
+
+
+def system_error(number: int | None, message: str) -> OSError:
+    """An OSError of the kind and number of a system's error that says nothing but `message`."""
+    error = OSError(message) if number is None else type(OSError(number, ""))(message)
+    error.errno = number
+    return error
 
 
 def replace_atomically(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
@@ -33,14 +76,56 @@ def replace_atomically(path: Path, write: Callable[[Path], object], shared: bool
         shared: Whether others may write the same file at the same time; the last one stays.
     """
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}" if shared else f".tmp-{path.name}")
+    with explained_writing(path):
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a folder written under a temporary name, brings it to the disk and renames it into place.
+
+    A folder that is replaced has another name for the moment between two renames; `remove_leftovers` puts it back if
+    the process dies in between.
+
+    Args:
+        path: The folder to write, whose parent must exist.
+        write: Called with the temporary folder, which is empty. If it raises, what was at `path` stays.
+    """
+    temporary, old = path.with_name(f".tmp-{path.name}"), path.with_name(f"{_REPLACED}{path.name}")
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with explained_writing(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            fsync_folder(temporary)
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     fsync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that died left half-written in `folder`, which may be missing."""
+    for old in folder.glob(f"{_REPLACED}*"):
+        path = folder / old.name.removeprefix(_REPLACED)
+        if not path.exists():
+            old.rename(path)
+    for leftover in folder.glob(_LEFTOVERS):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -124,3 +209,28 @@ def read_tensors(path: Path, where: str, root: str | None = None) -> dict[str, T
         under = "" if root is None else f" under {root!r}"
         raise ValueError(f"{where}: {path} does not hold tensors by name{under}; a state dict is accepted there")
     return dict(content)
+
+
+def _refusal(error: Exception, path: Path) -> int | None:
+    """The system's number for why `path` was not written; None for any other error, or one that is explained."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    if not isinstance(error, OSError) or error.strerror is None:
+        return None
+    named = [Path(name) for name in (error.filename, error.filename2) if name is not None]
+    return error.errno if all(_is_for(name, path) for name in named) else None
+
+
+def _is_for(name: Path, path: Path) -> bool:
+    """Whether a file or folder is made so that there is `path` in the end; others were perhaps read."""
+    if name == path or name in path.parents or path in name.parents:
+        return True
+    return path.parent in name.parents and name.relative_to(path.parent).parts[0].startswith(".tmp")
+
+
+def _free(path: Path) -> str:
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    return f"{shutil.disk_usage(place).free / 1e6:,.1f} MB"

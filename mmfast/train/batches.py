@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmfast.data import Processor
     from mmfast.data.processor import Encoded
 
-__all__ = ["MicroBatch", "make_micro_batches", "supervised_tokens", "training_windows"]
+__all__ = ["MicroBatch", "batches_in_order", "make_micro_batches", "supervised_tokens", "training_windows"]
 
 IGNORE_INDEX = -100
 _TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
@@ -74,19 +74,24 @@ def training_windows(
         split_kinds: Micro-batches hold samples with media or samples without, never both: one is divided in two.
     """
     windows = _Windows(plan, steps, micro_batch_size, rank, world_size)
-    loader: DataLoader[Encoded] = DataLoader(
-        dataset,
-        batch_sampler=(chunk for window in windows for chunk in window),  # type: ignore[arg-type]
-        num_workers=num_workers,
-        collate_fn=_Collate(dataset.processor, split_kinds),
-        worker_init_fn=_outlive_stop_signals,
-        # An own generator: by default the loader draws from the global one, which dropout uses.
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
-    batches: Iterator[Any] = iter(loader)
+    batches = _load(dataset, (chunk for window in windows for chunk in window), num_workers, split_kinds)
     for window in windows:
         yield [batch for _ in window for batch in next(batches)]
+
+
+def batches_in_order(
+    dataset: EncodedDataset | JoinedDataset,
+    micro_batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    split_kinds: bool = False,
+) -> Iterator[MicroBatch]:
+    """Yields every sample of this process once, in micro-batches; arguments as those of `training_windows`."""
+    share = range(rank, len(dataset), world_size)
+    chunks = (list(share[start : start + micro_batch_size]) for start in range(0, len(share), micro_batch_size))
+    for batches in _load(dataset, chunks, num_workers, split_kinds):
+        yield from batches
 
 
 def make_micro_batches(
@@ -94,6 +99,22 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """These samples together, as `training_windows` would give them."""
     return _Collate(dataset.processor, split_kinds)([dataset[index] for index in indices])
+
+
+def _load(
+    dataset: EncodedDataset | JoinedDataset, chunks: Iterable[list[int]], num_workers: int, split_kinds: bool
+) -> Iterator[list[MicroBatch]]:
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=chunks,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_Collate(dataset.processor, split_kinds),
+        worker_init_fn=_outlive_stop_signals,
+        # An own generator: by default the loader draws from the global one, which dropout uses.
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
 
 
 @dataclass(frozen=True)

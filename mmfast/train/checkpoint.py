@@ -4,13 +4,13 @@ checkpoints/step-00000123/
     trained.safetensors     every tensor that any stage so far trained
     optimizer.safetensors   <moment>/<parameter name>
     rng.safetensors         <process>/<generator>
-    state.json              position, counters, and every file's size and SHA-256
+    state.json              position, counters, every file's size and SHA-256, and its own
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -23,7 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmfast.files import file_sha256, fsync_folder, write_json
+from mmfast.files import (
+    explained_writing,
+    file_sha256,
+    replace_atomically,
+    replace_folder,
+    system_error,
+    write_json,
+)
 
 __all__ = [
     "Checkpoint",
@@ -33,7 +40,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _TENSOR_FILES = ("trained", "optimizer", "rng")
 
@@ -75,28 +82,34 @@ def write_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: If the disk is full or refuses it; nothing half-written stays, and the older checkpoints do.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
+        files: dict[str, dict[str, Any]] = {}
+        for name in _TENSOR_FILES:
+            path = temporary / f"{name}.safetensors"
+            # Copies: safetensors refuses tensors that share memory, and wants them dense.
+            dense = {key: value.detach().cpu().clone().contiguous() for key, value in tensors[name].items()}
+            replace_atomically(path, lambda place, dense=dense: save_file(dense, place))  # type: ignore[misc]
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        content = {"files": files, "state": dict(state)}
+        write_json(temporary / "state.json", {"format": _FORMAT, "sha256": _json_sha256(content), **content})
+
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    files: dict[str, dict[str, Any]] = {}
-    for name in _TENSOR_FILES:
-        path = temporary / f"{name}.safetensors"
-        # Copies: safetensors refuses tensors that share memory, and wants them dense.
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors[name].items()}, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(temporary / "state.json", {"format": _FORMAT, "files": files, "state": dict(state)})
-    fsync_folder(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync_folder(folder)
+    try:
+        with explained_writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        replace_folder(final, write)
+    except OSError as error:
+        before = _checkpoints(folder)
+        left = f"{before[-1]} is whole, and --resume goes on from there" if before else "there is no earlier one"
+        raise system_error(error.errno, f"checkpoint: step {step} is not saved: {error}; {left}") from error
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        # Half-deleted it must not look like a checkpoint.
+        shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))
     return final
 
 
@@ -183,16 +196,26 @@ def _read(path: Path) -> Checkpoint:
     """Raises OSError or ValueError, naming the file, if anything is missing or altered."""
     try:
         document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files, state = document["files"], document["state"]
+        format, content = document["format"], {name: document[name] for name in ("files", "state")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state.json is not readable ({type(error).__name__}: {error})") from error
-    if document.get("format") != _FORMAT:
-        raise ValueError(f"state.json has format {document.get('format')!r}; {_FORMAT} is accepted")
-    for name, expected in files.items():
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size} bytes, but {expected['bytes']} were written")
-        if file_sha256(path / name) != expected["sha256"]:
+    if format != _FORMAT:
+        raise ValueError(f"state.json has format {format!r}; {_FORMAT} is accepted")
+    if document.get("sha256") != _json_sha256(content):
+        raise ValueError("state.json differs from what was written (its SHA-256 changed)")
+    files, state = content["files"], content["state"]
+    for name in (f"{kind}.safetensors" for kind in _TENSOR_FILES):
+        try:
+            size, sha256 = files[name]["bytes"], files[name]["sha256"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"state.json does not say what {name} holds") from error
+        if (found := (path / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes, but {size} were written")
+        if file_sha256(path / name) != sha256:
             raise ValueError(f"{name} differs from what was written (its SHA-256 changed)")
     trained, optimizer, rng = (load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES)
     return Checkpoint(path, state, trained, optimizer, rng)
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

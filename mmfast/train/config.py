@@ -135,7 +135,15 @@ class TrainConfig:
     media_folder: str | None = None
     """Folder to which the samples' image paths are relative. None: the folder of the data file."""
     out: str = "runs/train"
-    """The run folder: config.yaml, log.jsonl, checkpoints/ and, at the end, model/."""
+    """The run folder: config.yaml, log.jsonl, checkpoints/, best/ with `eval_data` and, at the end, model/."""
+    eval_data: str | list[str] | None = None
+    """Held-out samples, as `data`, whose loss is measured; their media are looked for as those of `data`. None: no
+    loss is measured."""
+    eval_every: int = 500
+    """The loss on `eval_data` every so many optimiser steps; it is always measured at the end of a stage."""
+    keep_best: bool = True
+    """Whether the model with the lowest loss on `eval_data` stays in best/, beside the last checkpoints. Each stage
+    begins anew."""
     feature_cache: str | None = None
     """Folder in which the features of the frozen parts (encoder, frozen Q-Former) are kept, so that these run once per
     image or video; runs may share it. None: they run in every step. Not for lavin, which trains inside its encoder."""
@@ -186,7 +194,11 @@ class TrainConfig:
         _check(self.base_dtype in bases, "base_dtype", self.base_dtype, f"null, {', '.join(bases[1:])}")
         _check_recompute("recompute", self.recompute)
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
-        for name in ("max_length", "log_every", "save_every", "keep_checkpoints"):
+        sources = [self.eval_data] if self.eval_data is None or isinstance(self.eval_data, str) else self.eval_data
+        named = isinstance(sources, list) and all(name is None or (isinstance(name, str) and name) for name in sources)
+        _check(named and sources != [], "eval_data", self.eval_data, "a data set, a list of some or null")
+        _check(isinstance(self.keep_best, bool), "keep_best", self.keep_best, "true or false")
+        for name in ("max_length", "log_every", "save_every", "eval_every", "keep_checkpoints"):
             _check_count(name, getattr(self, name))
         for name in ("seed", "num_workers", "max_nonfinite_steps"):
             value = getattr(self, name)
@@ -237,7 +249,11 @@ def load_config(path: str | Path) -> TrainConfig:
         FileNotFoundError: If the file is missing.
         ValueError: If it is no mapping, has an unknown field or a value out of range; the message names both.
     """
-    return _from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not readable as YAML: it is no UTF-8 text ({error})") from error
+    return _from_yaml(text, str(path))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

@@ -8,15 +8,15 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO, cast
 
-from mmfast.files import write_atomically
+from mmfast.files import explained_writing, write_atomically
 
 __all__ = ["Display", "StepLog"]
 
 
 class StepLog:
-    """`log.jsonl`: one JSON object a line, flushed at once, in step order without gaps or repeats.
+    """`log.jsonl`: one JSON object a line, written at once, in step order without gaps or repeats.
 
     Args:
         path: The file.
@@ -26,22 +26,32 @@ class StepLog:
     """
 
     def __init__(self, path: Path, done: int, enabled: bool = True) -> None:
-        self._file: TextIO | None = None
+        self._path = path
+        self._file: BinaryIO | None = None
         if enabled:
             if path.exists():
                 write_atomically(path, "".join(_lines_up_to(path, done)))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # open for the whole run
+            with explained_writing(path):
+                # Without a buffer, so that nothing is left to be written, and to fail again, when it is closed.
+                self._file = cast(BinaryIO, open(path, "ab", buffering=0))  # noqa: SIM115  # open for the whole run
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds a line."""
+        """Adds a line.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk.
+        """
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
+            with explained_writing(self._path):
+                while line:
+                    line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Brings the lines to the disk, as a checkpoint must not be newer than its log."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with explained_writing(self._path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> StepLog:
         return self
@@ -108,6 +118,13 @@ class Display:
                 f"token accuracy {token_accuracy:.3f}, {left:.0f} s left",
                 flush=True,
             )
+
+    def note(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if not self._bar.disable:
+            self._bar.write(text)
+        elif self._lines:
+            print(text, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -15,9 +15,10 @@ from torch.utils.data import Subset
 from mmfast.data.budget import spent_budget
 from mmfast.evaluate.samples import world_split
 from mmfast.train.advice import explained_out_of_memory
-from mmfast.train.batches import MicroBatch, make_micro_batches, training_windows
+from mmfast.train.batches import MicroBatch, batches_in_order, make_micro_batches, training_windows
 from mmfast.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state, write_checkpoint
 from mmfast.train.config import StageConfig, TrainConfig
+from mmfast.train.held_out import HeldOut, held_out_loss
 from mmfast.train.log import Display, StepLog
 from mmfast.train.memory import peak_memory_mb, reset_peak_memory
 from mmfast.train.rng import rng_state, seed_everything, set_rng_state
@@ -66,7 +67,7 @@ class TrainResult:
     model: MultimodalModel
     """The trained model, in evaluation mode."""
     out: Path
-    """The run folder; `mmfast.models.open_model` opens it."""
+    """The run folder; `mmfast.models.open_model` opens it, and its best/ where there are held-out samples."""
     stages: list[StageResult]
     """The stages in order, those finished before a resume included."""
     steps: int
@@ -88,6 +89,7 @@ class _Run:
     progress: Progress
     log: StepLog
     stop: StopRequest
+    held_out: HeldOut
     sources: Sources
 
 
@@ -103,6 +105,8 @@ class _RunningStage:
     names: dict[nn.Parameter, str]
     windows: Iterator[list[MicroBatch]]
     clipped: list[list[nn.Parameter]]
+    micro_batch_size: int
+    held_out: JoinedDataset | None
     allowed_bad: int
 
 
@@ -127,6 +131,7 @@ def train(
         FileExistsError: If a new run would overwrite one.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If the optimiser needs a package that is missing or too old.
+        OSError: If something cannot be written, as on a full disk; what was saved before stays whole.
         RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, more than `config.max_bad`
             samples are bad, or something that should train gets no gradient.
         TrainingInterrupted: After a checkpoint was written because of SIGTERM or Ctrl-C.
@@ -144,6 +149,7 @@ def train(
         checkpoint = folder.resume(config) if resume else None
         if not resume:
             folder.check_new()
+    held_out = HeldOut(config)
     seed_everything(config.seed)
     model = build_model(config)
     stages = [resolve_stage(model, stage) for stage in config.stages]
@@ -164,7 +170,7 @@ def train(
         StepLog(folder.log, progress.total_steps, accelerator.is_main_process) as log,
         StopRequest() as stop,
     ):
-        run = _Run(config, folder, accelerator, model, progress, log, stop, sources)
+        run = _Run(config, folder, accelerator, model, progress, log, stop, held_out, sources)
         for index in range(progress.stage, len(stages)):
             with explained_out_of_memory(config, index):
                 _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
@@ -173,7 +179,8 @@ def train(
     if accelerator.is_main_process:
         model.save_trained(folder.model)
     accelerator.wait_for_everyone()
-    accelerator.print(f"train: done; the model is in {folder.model}")
+    best = f", the best by the held-out loss in {folder.best}" if config.eval_data and config.keep_best else ""
+    accelerator.print(f"train: done; the model is in {folder.model}{best}")
     bad = [error for stage in progress.finished for error in stage.bad_samples]
     counts = progress.total_steps, progress.nonfinite_steps
     return TrainResult(model.eval(), folder.path, progress.finished, *counts, bad)
@@ -196,6 +203,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     total = steps_in_stage(len(dataset), config.batch_size, config.epochs, config.max_steps)
     if run.config.feature_cache:
         _fill_feature_cache(run, dataset, plan, range(progress.step, total))
+    held_out = run.held_out.dataset(cast(Any, model.processor))
     optimizer = build_optimizer(model, stage, config, run.config.optimizer)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
@@ -217,7 +225,8 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         split_kinds=stage.routes is not None,
     )
     clipped = clip_groups(model, stage)
-    return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped, dataset.max_bad)
+    evaluated = micro_batch_size, held_out
+    return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped, *evaluated, dataset.max_bad)
 
 
 def _open_data(run: _Run, config: StageConfig) -> tuple[JoinedDataset, list[int]]:
@@ -286,18 +295,21 @@ def _train_stage(run: _Run, running: _RunningStage) -> None:
         _count_bad(run, running, window, result)
         progress.step += 1
         progress.total_steps += 1
-        now = time.perf_counter()
-        seconds, started = now - started, now
+        seconds = time.perf_counter() - started
         progress.seconds += seconds
         progress.peak_memory_mb = max(progress.peak_memory_mb, peak_memory_mb(device))
         _write_line(run, running, result, norm, rates, seconds)
         display.update(progress.step, result.loss, result.correct_tokens / result.supervised_tokens)
+        if progress.total_steps % run.config.eval_every == 0 or progress.step == running.total:
+            _evaluate(run, running, display)
         if progress.step < running.total:
             received = _stop_requested(run)
             if received or progress.total_steps % run.config.save_every == 0:
                 path = _save(run, optimizer_state(running.optimizer, running.names))
+                received = received or _stop_requested(run)
                 if received:
                     _leave(run, received, path)
+        started = time.perf_counter()
     display.close()
     _finish_stage(run, running)
 
@@ -311,15 +323,53 @@ def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch])
     if finite:
         # A window of text alone has no gradient for the connector: the first with all that is needed is judged.
         if not progress.gradients_checked and _needed_kinds(stage) <= result.kinds:
-            check_gradients(run.model, stage, window)
+            counts = check_gradients(run.model, stage, window)
+            reached = ", ".join(f"{part} {count}" for part, count in counts.items())
+            run.accelerator.print(f"train: every tensor that trains has a gradient ({reached})")
             progress.gradients_checked = True
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     progress.supervised_tokens += result.supervised_tokens
     progress.last_loss = result.loss if finite else None
     if not finite:
-        _count_nonfinite(run, window)
+        _count_nonfinite(run, window, result.loss)
     return result, norm
+
+
+def _evaluate(run: _Run, running: _RunningStage, display: Display) -> None:
+    """Measures the loss on the held-out samples, if there are any, and keeps the model if it is the stage's best."""
+    if running.held_out is None:
+        return
+    progress, accelerator = run.progress, run.accelerator
+    batches = batches_in_order(
+        running.held_out,
+        running.micro_batch_size,
+        run.config.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+        split_kinds=running.stage.routes is not None,
+    )
+    result = held_out_loss(run.model, batches, accelerator, torch_dtype(run.config))
+    finite, step = math.isfinite(result.loss), progress.total_steps
+    best = finite and (progress.best_eval_loss is None or result.loss < progress.best_eval_loss)
+    progress.eval_loss = result.loss if finite else None
+    if best:
+        progress.best_eval_loss, progress.best_step = result.loss, step
+        if run.config.keep_best and accelerator.is_main_process:
+            run.folder.save_best(run.model, step, result.loss)
+    run.log.write(
+        {
+            "step": step,
+            "stage": running.stage.name,
+            "stage_step": progress.step,
+            "eval_loss": progress.eval_loss,
+            "eval_token_accuracy": result.token_accuracy,
+            "eval_supervised_tokens": result.supervised_tokens,
+            "best": best,
+        }
+    )
+    more = ", the best so far" if best else "" if finite else ", which is not finite: no best model is taken from here"
+    display.note(f"{running.stage.name}: step {progress.step}, held-out loss {result.loss:.4f}{more}")
 
 
 def _finish_stage(run: _Run, running: _RunningStage) -> None:
@@ -337,6 +387,9 @@ def _finish_stage(run: _Run, running: _RunningStage) -> None:
             seconds=round(progress.seconds, 3),
             peak_memory_mb=round(progress.peak_memory_mb, 1),
             loss=progress.last_loss,
+            eval_loss=progress.eval_loss,
+            best_eval_loss=progress.best_eval_loss,
+            best_step=progress.best_step,
             bad_samples=progress.bad_samples,
         )
     )
@@ -398,17 +451,27 @@ def _write_line(
     )
 
 
-def _count_nonfinite(run: _Run, window: list[MicroBatch]) -> None:
+def _count_nonfinite(run: _Run, window: list[MicroBatch], loss: float) -> None:
+    """Counts a step that is skipped in all processes, with the samples of all of them."""
+    from accelerate.utils import gather_object
+
     progress, most = run.progress, run.config.max_nonfinite_steps
     progress.nonfinite_steps += 1
-    ids = ", ".join(sample for batch in window for sample in batch.ids)
-    message = f"the loss or a gradient was not finite in step {progress.total_steps + 1}, samples {ids}"
+    ids = [sample for batch in window for sample in batch.ids]
+    if run.accelerator.num_processes > 1:
+        ids = gather_object(ids)
+    what = "a gradient" if math.isfinite(loss) else "the loss"
+    message = f"{what} was not finite in step {progress.total_steps + 1}, samples {', '.join(ids)}"
+    advice = "look at these samples or lower the learning rate"
+    if run.config.dtype != "float32":
+        advice += f"; dtype float32 in place of {run.config.dtype} tells whether it is the precision"
     if progress.nonfinite_steps > most:
         raise RuntimeError(
             f"train: {message}; {progress.nonfinite_steps} steps were skipped so far, max_nonfinite_steps = {most} "
-            "are accepted; look at these samples, lower the learning rate, or train in float32"
+            f"are accepted; {advice}"
         )
-    run.accelerator.print(f"train: {message}; the step was skipped ({progress.nonfinite_steps} of {most})")
+    told = f"; {advice}" if progress.nonfinite_steps == 1 else ""
+    run.accelerator.print(f"train: {message}; the step was skipped ({progress.nonfinite_steps} of {most}){told}")
 
 
 def _count_bad(run: _Run, running: _RunningStage, window: list[MicroBatch], result: WindowResult) -> None:

@@ -192,18 +192,22 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True).item()
 
 
-def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> None:
+def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> dict[str, int]:
     """Checks that everything that trains got a gradient that says something.
 
     What the model names in `zero_at_first` is excepted: LoRA's A has no gradient before B has left zero.
+
+    Returns:
+        How many tensors of each part have one.
 
     Raises:
         RuntimeError: If a trainable tensor has no gradient, or a gradient of zeros; the message names the parts
             and the first tensors, and the samples.
     """
-    problems = []
+    problems, counts = [], {}
     for part in stage.train:
         named = model.part_parameters(part)
+        counts[part] = sum(p.requires_grad for p in named.values())
         missing = [name for name, p in named.items() if p.requires_grad and p.grad is None]
         zero = [
             name
@@ -222,6 +226,7 @@ def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[Micro
             f"train: in stage {stage.name}, after its first step, {'; '.join(problems)}; every tensor that trains "
             f"must have a gradient; take the part out of the stage, or look at the samples {', '.join(ids[:_NAMED])}"
         )
+    return counts
 
 
 def _trained(model: MultimodalModel, parts: Sequence[str]) -> list[nn.Parameter]:

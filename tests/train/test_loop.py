@@ -191,7 +191,10 @@ def test_a_nonfinite_step_is_skipped_whole(
     log = lines(result.out)
     assert [line["skipped"] for line in log] == [False, False, False, False, True, False]
     assert log[4]["loss"] is None
-    assert "was not finite in step 5, samples sample-" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the loss was not finite in step 5, samples sample-" in printed
+    assert printed.count("look at these samples or lower the learning rate") == 1, "the first one advises"
+    assert "train: every tensor that trains has a gradient (connector 4, lora 28)" in printed
     for name, tensor in result.model.trained_state().items():
         assert torch.isfinite(tensor).all(), name
 
@@ -209,6 +212,11 @@ def test_too_many_nonfinite_steps_stop_with_the_sample_ids(
     monkeypatch.setattr(Llava, "forward", poisoned)
     with pytest.raises(RuntimeError, match=r"step 3, samples sample-\d+.*max_nonfinite_steps = 2"):
         train(make_config(max_nonfinite_steps=2))
+    config = make_config(max_nonfinite_steps=0, dtype="bfloat16", out=make_config().out + "-bfloat16")
+    with pytest.raises(
+        RuntimeError, match=r"step 1, .*dtype float32 in place of bfloat16 tells whether it is the prec"
+    ):
+        train(config)
 
 
 def test_a_part_without_gradient_stops_the_first_step(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,47 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disks import small_files
 from safetensors.torch import load_file
+from training_processes import finish, start, wait_for_lines
 
-from mmfast.train import TrainConfig, TrainingInterrupted, load_config, save_config, train
+from mmfast.train import TrainConfig, TrainingInterrupted, checkpoint, load_config, loop, save_config, train
 from mmfast.train.log import StepLog
 
 MakeConfig = Callable[..., TrainConfig]
-PROGRAM = """
-import sys
-from mmfast.train import load_config, train
-train(load_config(sys.argv[1]), resume="--resume" in sys.argv)
-"""
-
-
-def start(config: Path, resume: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(config), *(["--resume"] if resume else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_lines(process: subprocess.Popen[str], log: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while not log.exists() or log.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
-    return output
 
 
 def deterministic(out: Path) -> list[dict[str, Any]]:
@@ -58,26 +34,32 @@ def write_config(make_config: MakeConfig, out: Path, **fields: Any) -> Path:
     return path
 
 
-def test_killed_twice_it_continues_bit_for_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_killed_twice_it_continues_bit_for_bit(make_config: MakeConfig, data: str, tmp_path: Path) -> None:
+    """At random steps; with accumulation, dropout, held-out samples, and other numbers of workers in each process."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(load_config(write_config(make_config, whole)))
-    config = write_config(make_config, killed, num_workers=1)
-    # In the first stage, after its checkpoint of step 4 or 8; then in the second, beyond its first checkpoint.
-    for index, lines in enumerate((6, 23)):
+    held_out: dict[str, Any] = {"eval_data": data, "eval_every": 5}
+    train(load_config(write_config(make_config, whole, **held_out)))
+    total = len(deterministic(whole))
+    assert total == 40 + 8
+    # In the first stage, after its checkpoint of step 4; then in the second, beyond its first checkpoint.
+    kills = random.randint(5, 11), random.randint(24, 36)
+    for index, (lines, workers) in enumerate(zip(kills, (2, 1), strict=True)):
+        config = write_config(make_config, killed, num_workers=workers, **held_out)
         process = start(config, resume=index > 0)
-        wait_for_lines(process, killed / "log.jsonl", lines)
-        process.send_signal(signal.SIGKILL)
-        finish(process, -signal.SIGKILL)
+        wait_for_lines(process, config, killed / "log.jsonl", lines)
+        process.kill()
+        finish(process, config, -signal.SIGKILL)
         assert not (killed / "model").exists()
-    steps = [line["step"] for line in deterministic(killed)]
-    assert 23 <= len(steps) < 40, "it was killed in the midst of the second stage"
-    assert "continuing after step" in finish(start(config, resume=True))
-    assert len(deterministic(whole)) == 40
-    assert deterministic(killed) == deterministic(whole)
-    one, other = (load_file(run / "model" / "trained.safetensors") for run in (whole, killed))
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+        assert lines <= len(deterministic(killed)) < total, f"it was killed in the midst, after {kills}"
+    config = write_config(make_config, killed, num_workers=3, **held_out)
+    assert "continuing after step" in finish(start(config, resume=True), config)
+    assert deterministic(killed) == deterministic(whole), f"killed after {kills}"
+    for place in ("model", "best"):
+        one, other = (load_file(run / place / "trained.safetensors") for run in (whole, killed))
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), f"{place}: {name}, killed after {kills}"
+    assert not list(killed.rglob(".tmp*")), "nothing half-written stays"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -107,3 +89,112 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_continue(
     assert signal.getsignal(number) is handler
     assert len(deterministic(Path(config.out))) == done
     assert train(config, resume=True).steps == 10
+
+
+def test_a_signal_in_the_midst_of_a_save_ends_the_run_with_that_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(save_every=2)
+    write = checkpoint.write_json
+
+    def interrupted(path: Path, value: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", interrupted)
+        with pytest.raises(TrainingInterrupted, match=r"stopped by SIGTERM after step 2; saved .*step-00000002"):
+            train(config)
+    assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(config, resume=True).steps == 10
+
+
+def test_two_ctrl_c_in_the_midst_of_a_save_leave_the_checkpoint_before(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one acts at once."""
+    config = make_config(save_every=1)
+    whole = train(make_config(out=config.out + "-whole"))
+    write = checkpoint.write_json
+
+    def interrupted(path: Path, value: Any) -> None:
+        if value["state"]["progress"]["total_steps"] == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    folder = Path(config.out) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    train(config, resume=True)
+    assert deterministic(Path(config.out)) == deterministic(whole.out)
+
+
+def test_a_signal_while_the_longest_samples_are_tried_saves_after_the_first_step(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    make = loop.make_micro_batches
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_micro_batches", interrupted)
+        with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 1; saved"):
+            train(config)
+    assert train(config, resume=True).steps == 10
+
+
+@pytest.mark.parametrize("saves", [0, 1, 3])
+def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_space(
+    saves: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the first, the second and the fourth checkpoint do not find."""
+    config = make_config(save_every=2)
+    whole = train(make_config(out=config.out + "-whole"))
+    write, seen = loop.write_checkpoint, []
+
+    def filling(*args: Any) -> Path:
+        seen.append(1)
+        with small_files(2000 if len(seen) > saves else 10**9):
+            return write(*args)
+
+    says = r"checkpoint: step \d is not saved: .*safetensors: it cannot be written: File too large; .*MB are free"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_checkpoint", filling)
+        with pytest.raises(OSError, match=says):
+            train(config)
+    out = Path(config.out)
+    assert not list(out.rglob(".tmp*"))
+    if saves:
+        train(config, resume=True)
+    else:
+        with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+            train(config, resume=True)
+        shutil.rmtree(out)
+        train(config)
+    assert deterministic(out) == deterministic(whole.out)
+
+
+def test_a_log_on_a_full_disk_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(save_every=2)
+    whole = train(make_config(out=config.out + "-whole"))
+    write = StepLog.write
+
+    def filling(log: StepLog, record: dict[str, Any]) -> None:
+        size = (Path(config.out) / "log.jsonl").stat().st_size
+        with small_files(size + 20 if record["step"] == 5 else 10**9):
+            write(log, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepLog, "write", filling)
+        with pytest.raises(OSError, match=r"log\.jsonl: it cannot be written: File too large"):
+            train(config)
+    assert not (Path(config.out) / "log.jsonl").read_bytes().endswith(b"\n"), "the line is cut off"
+    train(config, resume=True)
+    assert deterministic(Path(config.out)) == deterministic(whole.out)
