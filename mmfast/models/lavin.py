@@ -184,6 +184,7 @@ class Lavin(MultimodalModel):
     parts = ("encoder", "vision_adapters", "connector", "modality", "adapters", "language_model", "lora")
     # What stands before the up-projections, which begin at zero, and the modality token that routes.
     zero_at_first = ("*.lora_a", "*.down_weight", "*.down_bias", "*.router_weight", "*.router_bias", "modality.weight")
+    no_sharding = "the routers' gradients enter its layers elsewhere than at their outputs, where FSDP waits for them"
     settings = (
         "vision_blocks",
         "vision_routing",

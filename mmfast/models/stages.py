@@ -70,6 +70,8 @@ class StagedModel(nn.Module):
     """Patterns of names of trained tensors whose first gradient is zero: LoRA's A, as B starts at zero."""
     optional_tensors: ClassVar[tuple[str, ...]] = ()
     """Trained tensors that a run may start without, from one of a variant that lacks them; they are fresh then."""
+    no_sharding: ClassVar[str | None] = None
+    """Why the language model cannot be divided among processes; None where it can."""
 
     encoder: Any
     connector: nn.Module
@@ -195,8 +197,12 @@ class StagedModel(nn.Module):
         """
         check_projector_widths(where, shapes, encoder_size, hidden_size)
 
-    def save_trained(self, folder: str | Path) -> None:
+    def save_trained(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes `trained.safetensors` and `mmfast.json`, which `from_pretrained` opens on the same base models.
+
+        Args:
+            folder: Made if missing.
+            state: What to write as the `trained_state`, where the model itself is divided among processes.
 
         Raises:
             ValueError: If LoRA was added or removed past `add_lora` and `merge_lora` of this model.
@@ -208,7 +214,8 @@ class StagedModel(nn.Module):
             )
         lora = None if self.lora_spec is None else asdict(self.lora_spec)
         trained = [part for part in self.parts if part in self.trained_parts]
-        write_trained(Path(folder), self.trained_state(), {**self.describe(), "lora": lora, "trained": trained})
+        state = self.trained_state() if state is None else state
+        write_trained(Path(folder), state, {**self.describe(), "lora": lora, "trained": trained})
 
     @property
     def _width(self) -> int:

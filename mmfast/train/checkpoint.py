@@ -31,6 +31,7 @@ from mmfast.files import (
     system_error,
     write_json,
 )
+from mmfast.train.sharding import shard_like
 
 __all__ = [
     "Checkpoint",
@@ -153,7 +154,8 @@ def read_newest_checkpoint(folder: Path) -> Checkpoint | None:
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """The optimiser's state per parameter (moments, what they are quantised with) under `<key>/<parameter name>`.
 
-    A step count that is no tensor becomes one of int64.
+    A step count that is no tensor becomes one of int64. What belongs to a sharded parameter are shares, see
+    `gather_state`.
     """
     return {
         f"{key}/{names[cast(nn.Parameter, parameter)]}": torch.tensor(value) if isinstance(value, int) else value
@@ -165,7 +167,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramete
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], state: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what `optimizer_state` returned.
+    """Puts back what `optimizer_state` returned, in whole tensors; a sharded parameter gets its share.
 
     Raises:
         ValueError: If the state names a parameter that the optimiser does not have.
@@ -180,7 +182,7 @@ def load_optimizer_state(
             )
         parameter = parameters[name]
         # Only what was no tensor is an int64 one.
-        found = value.item() if value.dtype == torch.int64 else value.to(parameter.device)
+        found = value.item() if value.dtype == torch.int64 else shard_like(value, parameter)
         optimizer.state[parameter][key] = found
 
 

@@ -162,6 +162,10 @@ class TrainConfig:
     optimize: bool = True
     """Whether the language model's norms, MLPs and rotary embeddings are computed by mmfast's ops, as `mmfast.optimize`
     does it. What is trained and saved is the same."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Under torchrun or accelerate launch: none keeps the whole model in each process (DDP), fsdp divides the language
+    model's weights, and the gradients and optimiser state of all that trains, among them. Of one process nothing is
+    divided."""
     recompute: str = "none"
     """What the language model's layers compute again in backward instead of keeping it: none, product (the product in
     the MLP), mlp (the MLP's wide matrices), full (the layer: least memory, about a third more time) or offload (full,
@@ -188,6 +192,7 @@ class TrainConfig:
         _check(self.system in SYSTEMS, "system", self.system, " or ".join(SYSTEMS))
         _check(isinstance(self.options, dict), "options", self.options, "a mapping of settings by name")
         _check(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
+        _check(self.sharding in ("none", "fsdp"), "sharding", self.sharding, "none or fsdp")
         known = self.optimizer in ("adamw", "adamw_8bit")
         _check(known, "optimizer", self.optimizer, "adamw or adamw_8bit")
         bases = (None, self.dtype, "int8", "nf4")

@@ -73,7 +73,11 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    model: MultimodalModel, batches: Iterable[MicroBatch], accelerator: Accelerator, dtype: torch.dtype
+    model: MultimodalModel,
+    batches: Iterable[MicroBatch],
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    divided: bool = True,
 ) -> HeldOutResult:
     """The mean loss per supervised token, without logits and one micro-batch at a time.
 
@@ -85,6 +89,7 @@ def held_out_loss(
         batches: The micro-batches of this process.
         accelerator: Says where to compute, and sums over processes.
         dtype: bfloat16 computes under autocast.
+        divided: Whether each process has a share of the micro-batches, and not all of them.
     """
     device = accelerator.device
     random = rng_state(device)
@@ -101,7 +106,7 @@ def held_out_loss(
     finally:
         model.train()
         set_rng_state(random, device)
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and divided:
         sums = torch.tensor([loss, correct, supervised], dtype=torch.float64, device=device)
         summed: Any = accelerator.reduce(sums, reduction="sum")
         loss, correct, supervised = summed[0].item(), int(summed[1]), int(summed[2])

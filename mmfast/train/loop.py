@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,7 @@ from mmfast.train.setup import (
     stage_seed,
     torch_dtype,
 )
+from mmfast.train.sharding import gather_state, holds_whole_weights, is_sharded, shard_model
 from mmfast.train.signals import StopRequest, TrainingInterrupted
 from mmfast.train.sources import Sources, check_first_samples
 from mmfast.train.step import (
@@ -58,14 +60,14 @@ __all__ = ["TrainResult", "train"]
 
 # About a minute of tokenising; a sample further on is checked when it is read, and named all the same.
 _CHECKED_AT_START = 50_000
+# More than there will be: processes and steps have seeds of their own.
+_PROCESSES = 1_000_003
 
 
 @dataclass
 class TrainResult:
     """A finished run."""
 
-    model: MultimodalModel
-    """The trained model, in evaluation mode."""
     out: Path
     """The run folder; `mmfast.models.open_model` opens it, and its best/ where there are held-out samples."""
     stages: list[StageResult]
@@ -76,6 +78,14 @@ class TrainResult:
     """Steps that were skipped because the loss or a gradient was not finite."""
     bad_samples: list[str]
     """Errors of the bad samples that were replaced, each once in a stage; see `TrainConfig.max_bad`."""
+    _trained: MultimodalModel | None = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> MultimodalModel:
+        """The trained model, in evaluation mode; after a sharded run it is read from `out`, whole, when asked for."""
+        from mmfast.models import open_model
+
+        return open_model(self.out) if self._trained is None else self._trained
 
 
 @dataclass
@@ -118,7 +128,8 @@ def train(
     """Trains a model as `config` says and writes the run folder `config.out`.
 
     A resumed run gives bit for bit what the uninterrupted one gives, on the same machine and number of
-    processes. SIGTERM and Ctrl-C end the running step, write a checkpoint and stop.
+    processes; with another number dropout draws other numbers. SIGTERM and Ctrl-C end the running step, write a
+    checkpoint and stop.
 
     Args:
         config: The run.
@@ -127,7 +138,8 @@ def train(
             this call.
 
     Raises:
-        ValueError: If the configuration is not complete, or is not the one of the run to resume.
+        ValueError: If the configuration is not complete, or is not the one of the run to resume, or `after_stage`
+            would get a sharded model.
         FileExistsError: If a new run would overwrite one.
         FileNotFoundError: If there is nothing to resume.
         ImportError: If the optimiser needs a package that is missing or too old.
@@ -143,6 +155,10 @@ def train(
     # Autocast is entered by the step itself: accelerate fixes one precision for the whole process.
     # And without cpu=True it would not see that there are several processes on CPUs.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    if after_stage and _shards(config, accelerator):
+        raise ValueError(
+            'train: after_stage is given, but with sharding "fsdp" no process has the whole model; "none" is accepted'
+        )
     folder = RunFolder(config.out)
     # One process after the other: the first may have to move a damaged checkpoint out of the way.
     with accelerator.main_process_first():
@@ -150,40 +166,73 @@ def train(
         if not resume:
             folder.check_new()
     held_out = HeldOut(config)
-    seed_everything(config.seed)
-    model = build_model(config)
-    stages = [resolve_stage(model, stage) for stage in config.stages]
+    progress = Progress.from_dict(checkpoint.state["progress"]) if checkpoint else Progress()
+    model, stages = _open_model(config, progress, checkpoint, accelerator)
     for index in range(len(stages)):
         set_recompute(model, config, index)  # what cannot be is an error now, before there is a run folder
     sources = Sources(config)
     check_first_samples(model, stages, config, sources)
-    if not checkpoint and accelerator.is_main_process:
-        folder.start(config)
-    progress = Progress.from_dict(checkpoint.state["progress"]) if checkpoint else Progress()
     if checkpoint:
-        # Each stage adds and trains what it needs, in order; then the parts are as they were.
-        for stage in stages[: progress.stage + (progress.step > 0)]:
-            enter_stage(model, stage, accelerator.device)
-        model.load_trained_state(checkpoint.trained)
         accelerator.print(f"train: continuing after step {progress.total_steps}, from {checkpoint.path}")
+    elif accelerator.is_main_process:
+        folder.start(config)
     with (
         StepLog(folder.log, progress.total_steps, accelerator.is_main_process) as log,
         StopRequest() as stop,
     ):
         run = _Run(config, folder, accelerator, model, progress, log, stop, held_out, sources)
+        del model
         for index in range(progress.stage, len(stages)):
+            if is_sharded(run.model):
+                _reopen(run)
             with explained_out_of_memory(config, index):
-                _train_stage(run, _begin_stage(run, stages[index], checkpoint if progress.step else None))
+                running = _begin_stage(run, stages[index], checkpoint if progress.step else None)
+                checkpoint = None
+                _train_stage(run, running)
             if after_stage:
-                after_stage(model.eval(), progress.finished[-1])
+                after_stage(run.model.eval(), progress.finished[-1])
+    trained = gather_state(run.model.trained_state(), accelerator.is_main_process)
     if accelerator.is_main_process:
-        model.save_trained(folder.model)
+        run.model.save_trained(folder.model, trained)
     accelerator.wait_for_everyone()
     best = f", the best by the held-out loss in {folder.best}" if config.eval_data and config.keep_best else ""
     accelerator.print(f"train: done; the model is in {folder.model}{best}")
     bad = [error for stage in progress.finished for error in stage.bad_samples]
     counts = progress.total_steps, progress.nonfinite_steps
-    return TrainResult(model.eval(), folder.path, progress.finished, *counts, bad)
+    opened = None if is_sharded(run.model) else run.model.eval()
+    return TrainResult(folder.path, progress.finished, *counts, bad, opened)
+
+
+def _shards(config: TrainConfig, accelerator: Accelerator) -> bool:
+    return config.sharding == "fsdp" and accelerator.num_processes > 1
+
+
+def _place(config: TrainConfig, accelerator: Accelerator) -> torch.device:
+    """Where the model is put together: one that will be sharded goes to the devices layer by layer."""
+    return torch.device("cpu") if _shards(config, accelerator) else accelerator.device
+
+
+def _open_model(
+    config: TrainConfig, progress: Progress, checkpoint: Checkpoint | None, accelerator: Accelerator
+) -> tuple[MultimodalModel, list[Stage]]:
+    """The model that the run starts with or, with a checkpoint, as it was then; and the run's stages."""
+    seed_everything(config.seed)
+    model = build_model(config)
+    stages = [resolve_stage(model, stage) for stage in config.stages]
+    if checkpoint:
+        # Each stage adds and trains what it needs, in order; then the parts are as they were.
+        for stage in stages[: progress.stage + (progress.step > 0)]:
+            enter_stage(model, stage, _place(config, accelerator))
+        model.load_trained_state(checkpoint.trained)
+    return model, stages
+
+
+def _reopen(run: _Run) -> None:
+    """Begins the next stage of a sharded model as a resumed run would: its shares are those of the stage before."""
+    del run.model
+    with run.accelerator.main_process_first():
+        checkpoint = run.folder.resume(run.config)
+    run.model, _ = _open_model(run.config, run.progress, checkpoint, run.accelerator)
 
 
 def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _RunningStage:
@@ -193,7 +242,11 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     seed = stage_seed(run.config, progress.stage)
     seed_everything(seed)
     if checkpoint is None:
-        enter_stage(model, stage, accelerator.device)
+        enter_stage(model, stage, _place(run.config, accelerator))
+    if _shards(run.config, accelerator):
+        shard_model(model, accelerator.device, torch_dtype(run.config))
+        if holds_whole_weights(model):
+            accelerator.print("train: the quantised weights are not divided: each process holds all of them")
     set_recompute(model, run.config, progress.stage)
     set_processor(model, stage, config, run.config.max_length)
     from mmfast.data import BatchPlan
@@ -213,7 +266,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     seed_everything(seed + accelerator.process_index)
     if checkpoint is not None:
         load_optimizer_state(optimizer, names, checkpoint.optimizer)
-        set_rng_state(_own(checkpoint.rng, accelerator.process_index), accelerator.device)
+        _restore_random_state(run, checkpoint, seed)
     windows = training_windows(
         dataset,
         plan,
@@ -341,22 +394,27 @@ def _evaluate(run: _Run, running: _RunningStage, display: Display) -> None:
     if running.held_out is None:
         return
     progress, accelerator = run.progress, run.accelerator
+    # A forward pass of a sharded model is one of all processes: each takes all samples.
+    divided = not is_sharded(run.model)
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if divided else (0, 1)
     batches = batches_in_order(
         running.held_out,
         running.micro_batch_size,
         run.config.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
+        rank,
+        world_size,
         split_kinds=running.stage.routes is not None,
     )
-    result = held_out_loss(run.model, batches, accelerator, torch_dtype(run.config))
+    result = held_out_loss(run.model, batches, accelerator, torch_dtype(run.config), divided)
     finite, step = math.isfinite(result.loss), progress.total_steps
     best = finite and (progress.best_eval_loss is None or result.loss < progress.best_eval_loss)
     progress.eval_loss = result.loss if finite else None
     if best:
         progress.best_eval_loss, progress.best_step = result.loss, step
-        if run.config.keep_best and accelerator.is_main_process:
-            run.folder.save_best(run.model, step, result.loss)
+        if run.config.keep_best:
+            trained = gather_state(run.model.trained_state(), accelerator.is_main_process)
+            if accelerator.is_main_process:
+                run.folder.save_best(run.model, trained, step, result.loss)
     run.log.write(
         {
             "step": step,
@@ -498,6 +556,8 @@ def _save(run: _Run, optimizer: dict[str, torch.Tensor]) -> Path:
     from accelerate.utils import gather_object
 
     accelerator = run.accelerator
+    trained = gather_state(run.model.trained_state(), accelerator.is_main_process)
+    optimizer = gather_state(optimizer, accelerator.is_main_process)
     state = rng_state(accelerator.device)
     own = {f"{accelerator.process_index}/{name}": value for name, value in state.items()}
     gathered = gather_object([own]) if accelerator.num_processes > 1 else [own]
@@ -508,7 +568,7 @@ def _save(run: _Run, optimizer: dict[str, torch.Tensor]) -> Path:
             run.progress.total_steps,
             {"progress": run.progress.to_dict(), "versions": versions()},
             {
-                "trained": run.model.trained_state(),
+                "trained": trained,
                 "optimizer": optimizer,
                 "rng": {name: value for states in gathered for name, value in states.items()},
             },
@@ -518,15 +578,20 @@ def _save(run: _Run, optimizer: dict[str, torch.Tensor]) -> Path:
     return run.folder.checkpoints / f"step-{run.progress.total_steps:08d}"
 
 
-def _own(states: dict[str, torch.Tensor], process: int) -> dict[str, torch.Tensor]:
-    prefix = f"{process}/"
-    own = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
-    if not own:
-        raise ValueError(
-            f"train: the checkpoint has no random state for process {process}; the number of processes it was "
-            "written with is accepted"
-        )
-    return own
+def _restore_random_state(run: _Run, checkpoint: Checkpoint, seed: int) -> None:
+    """Goes on with the random numbers of this process, or with others where the number of processes is another."""
+    accelerator, step = run.accelerator, run.progress.total_steps
+    written = {name.partition("/")[0] for name in checkpoint.rng}
+    if len(written) == accelerator.num_processes:
+        prefix = f"{accelerator.process_index}/"
+        own = {n.removeprefix(prefix): state for n, state in checkpoint.rng.items() if n.startswith(prefix)}
+        set_rng_state(own, accelerator.device)
+        return
+    seed_everything(seed + _PROCESSES * step + accelerator.process_index)
+    accelerator.print(
+        f"train: the checkpoint is of {len(written)} processes, this run has {accelerator.num_processes}: the order of "
+        f"the samples stays, the random numbers of dropout are drawn anew from the seed and step {step}"
+    )
 
 
 def _stop_requested(run: _Run) -> str | None:

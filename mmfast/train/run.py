@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from mmfast.train.checkpoint import Checkpoint, read_newest_checkpoint
 from mmfast.train.config import TrainConfig, load_config, save_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmfast.models.base import MultimodalModel
 
 __all__ = ["Progress", "RunFolder", "StageResult", "versions"]
@@ -22,6 +25,7 @@ __all__ = ["Progress", "RunFolder", "StageResult", "versions"]
 _FREE = (
     "out",
     "num_workers",
+    "sharding",
     "log_every",
     "save_every",
     "keep_checkpoints",
@@ -157,15 +161,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         save_config(config, self.config)
 
-    def save_best(self, model: MultimodalModel, step: int, eval_loss: float) -> None:
-        """Puts the model in the place of the best one so far.
+    def save_best(self, model: MultimodalModel, trained: Mapping[str, Tensor], step: int, eval_loss: float) -> None:
+        """Puts the model, whose whole `trained_state` is given, in the place of the best one so far.
 
         Raises:
             OSError: If it cannot be written; the one before stays whole.
         """
 
         def write(folder: Path) -> None:
-            model.save_trained(folder)
+            model.save_trained(folder, trained)
             write_json(folder / "evaluation.json", {"step": step, "eval_loss": eval_loss})
 
         replace_folder(self.best, write)

@@ -49,7 +49,7 @@ def build_model(config: TrainConfig) -> MultimodalModel:
     Raises:
         FileNotFoundError: If a part or `start_from` is not there.
         ValueError: If sizes do not fit, an option is not one of the system's, `start_from` trained the language
-            model, or a stage is to train it though it is quantised.
+            model, a stage is to train it though it is quantised, or it is to be sharded and cannot be.
     """
     from mmfast.models import get_system
 
@@ -60,6 +60,7 @@ def build_model(config: TrainConfig) -> MultimodalModel:
             f"train: feature_cache is set, but the system {config.system} has none, since {system.no_feature_cache}; "
             "null is accepted"
         )
+    _check_sharding(config, system)
     _check_base(config, system, options)
     model: MultimodalModel = system.from_parts(
         config.llm, config.encoder, dtype=torch_dtype(config), base_dtype=config.base_dtype, **options
@@ -161,6 +162,21 @@ def stage_processor(model: MultimodalModel, stage: Stage, config: StageConfig, m
         if getattr(config, name) is not None:
             setattr(processor, name, getattr(config, name))
     return cast(Any, processor)
+
+
+def _check_sharding(config: TrainConfig, system: type[MultimodalModel]) -> None:
+    if config.sharding == "none":
+        return
+    if system.no_sharding is not None:
+        raise ValueError(
+            f"train: sharding is {config.sharding!r}, but the system {config.system} cannot be divided among "
+            f'processes, since {system.no_sharding}; "none" is accepted'
+        )
+    if config.optimizer != "adamw":
+        raise ValueError(
+            f"train: sharding is {config.sharding!r}, but the optimizer {config.optimizer} cannot divide its state; "
+            '"none" is accepted, or the optimizer adamw, of whose state each process holds its share'
+        )
 
 
 def _check_base(config: TrainConfig, system: type[MultimodalModel], options: dict[str, Any]) -> None:

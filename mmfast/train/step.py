@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.train.batches import MicroBatch, supervised_tokens
+from mmfast.train.batches import IGNORE_INDEX, MicroBatch, supervised_tokens
+from mmfast.train.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +41,8 @@ _NAMED = 6
 _BITSANDBYTES = (0, 50)
 # The kinds of micro-batches, each with the other one.
 _OTHER = {"media": "text", "text": "media"}
+# Gradients are summed over processes in buffers of about this size.
+_BUCKET_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,11 @@ def accumulate_gradients(
     In a stage with routes a part gets gradients from micro-batches of its kind alone, and the mean is over the tokens
     of that kind: exactly the step that it would make without the others.
 
+    A sharded model computes in all processes at once, so a process with fewer micro-batches than others runs ones
+    without a supervised token in the end.
+
     Args:
-        model: The model in training mode; its gradients are zero or None.
+        model: The model in training mode, sharded or whole; its gradients are zero or None.
         window: The micro-batches of one step on this process; may be empty.
         accelerator: Says where to compute, and sums over processes.
         dtype: bfloat16 computes under autocast.
@@ -150,7 +156,8 @@ def accumulate_gradients(
     others = untrained(model, stage)
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in window:
+    sharded = is_sharded(model)
+    for batch in _in_step(model, window, accelerator, routes is not None) if sharded else window:
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
         with held_frozen(others[batch.kind]):
             with autocast(device, dtype):
@@ -162,7 +169,8 @@ def accumulate_gradients(
         loss += output.loss.detach() / supervised
         correct += output.correct_tokens
     if accelerator.num_processes > 1:
-        _sum_gradients(model, accelerator)
+        if not sharded:
+            _sum_gradients(model, accelerator)
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
     kinds = frozenset(kind for kind, count in own.items() if count)
     return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds, bad)
@@ -187,9 +195,11 @@ def clip_groups(model: MultimodalModel, stage: Stage) -> list[list[nn.Parameter]
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scales the gradients down to a global norm of at most `max_norm` (0: never) and returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
     if max_norm:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True).item()
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True).item()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm.item()
 
 
 def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> dict[str, int]:
@@ -214,7 +224,7 @@ def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[Micro
             for name, p in named.items()
             if p.grad is not None
             and not any(fnmatch(name, pattern) for pattern in model.zero_at_first)
-            and not bool(p.grad.any())
+            and not bool(whole(p.grad).any())
         ]
         for kind, names in (("no gradient", missing), ("a gradient of zeros", zero)):
             if names:
@@ -252,13 +262,60 @@ def _sum_over_processes(counts: list[int], accelerator: Accelerator) -> list[int
     return [int(count) for count in total.tolist()]
 
 
+def _in_step(
+    model: MultimodalModel, window: Sequence[MicroBatch], accelerator: Accelerator, by_kind: bool
+) -> list[MicroBatch]:
+    """The micro-batches of this process with as many idle ones as it has fewer than another process.
+
+    With `by_kind` all processes run those with media first, then those of text alone.
+    """
+    kinds = list(_OTHER) if by_kind else ["text"]
+    groups = [[batch for batch in window if not by_kind or batch.kind == kind] for kind in kinds]
+    sizes = torch.tensor([[len(group) for group in groups]], device=accelerator.device)
+    most: Any = accelerator.gather(sizes)
+    return [
+        batch
+        for kind, group, size in zip(kinds, groups, most.amax(0).tolist(), strict=True)
+        for batch in (*group, *[_idle_batch(model, kind)] * (size - len(group)))
+    ]
+
+
+def _idle_batch(model: MultimodalModel, kind: str) -> MicroBatch:
+    """A short micro-batch of this kind without a supervised token: its loss and its gradients are zero."""
+    if kind == "media":
+        inputs = model.example_inputs(1, model.example_media(1)[1] + 2)
+    else:
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return MicroBatch([], {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)})
+
+
 def _sum_gradients(model: nn.Module, accelerator: Accelerator) -> None:
     """Sums the gradients over processes. One without samples, or without images, takes part with zeros."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=accelerator.device)
     anywhere: Any = accelerator.reduce(present, reduction="sum")
-    for parameter, count in zip(parameters, anywhere.tolist(), strict=True):
-        if count:
-            gradient: Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            summed: Any = accelerator.reduce(gradient, reduction="sum")
-            parameter.grad = summed
+    taking_part = [p for p, count in zip(parameters, anywhere.tolist(), strict=True) if count]
+    for parameter in taking_part:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([cast(Tensor, parameter.grad) for parameter in taking_part]):
+        summed: Any = accelerator.reduce(torch.cat([gradient.flatten() for gradient in bucket]), reduction="sum")
+        for gradient, values in zip(bucket, summed.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(values.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of gradients of one dtype, together no larger than a bucket unless a single one is."""
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        bucket: list[Tensor] = []
+        size = 0
+        for gradient in gradients:
+            if gradient.dtype != dtype:
+                continue
+            if bucket and size + gradient.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(gradient)
+            size += gradient.nbytes
+        yield bucket

@@ -133,10 +133,10 @@ def test_the_best_stays_whole_on_a_full_disk(
     save = Llava.save_trained
     saved: list[Path] = []
 
-    def filling(model: Llava, folder: Path) -> None:
+    def filling(model: Llava, folder: Path, state: Any) -> None:
         saved.append(folder)
         with small_files(10**9 if len(saved) < 3 else 100):
-            save(model, folder)
+            save(model, folder, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "held_out_loss", lambda *args: HeldOutResult(next(losses), 0.5, 7))
