@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from harness import arguments, environment, peak_extra_bytes
 
 from mmfast.train import TrainConfig, load_recipe, recipe_names
-from mmfast.train.batches import MicroBatch
+from mmfast.train.batches import micro_batch
 from mmfast.train.plan import plan_stage
 from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_recompute, torch_dtype
 from mmfast.train.step import accumulate_gradients
@@ -30,7 +30,7 @@ def measured(config: TrainConfig, index: int, device: str) -> int:
         stage = resolve_stage(model, stage_config)
         enter_stage(model, stage, torch.device(device))
     set_recompute(model, config, index)
-    batch = MicroBatch(["a"] * SIZE, model.train().example_inputs(SIZE, LENGTH))
+    batch = micro_batch(["a"] * SIZE, model.train().example_inputs(SIZE, LENGTH))
     accelerator = Accelerator(cpu=device == "cpu")
 
     def run() -> None:

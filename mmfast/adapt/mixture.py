@@ -55,8 +55,9 @@ def route_by_first_sample(index: int, adapter: MixtureAdapter, x: Tensor, argume
 def route_as_told(index: int, adapter: MixtureAdapter, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The weights that the caller gave the model as `expert_weights`.
 
-    That is a tensor [layers, B, K]; a sample's rows may be repeated, side by side, as beam search does. Or it is an
-    empty dictionary: then every sample is routed by its first token, and its weights are put there by layer.
+    That is a tensor [layers, B, K], or [layers, B, T, K] of each token; a sample's rows may be repeated, side by side,
+    as beam search does. Or it is an empty dictionary: then every sample is routed by its first token, and its weights
+    are put there by layer.
 
     Raises:
         RuntimeError: If the model was called without.

@@ -328,6 +328,26 @@ class Processor:
         media = [medium for item in encoded for medium in item.media]
         return batch | (self.collate_all(media) if media else {})
 
+    def pack(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Puts encoded samples one after the other into one row, without padding.
+
+        Args:
+            encoded: at least one.
+
+        Returns:
+            `input_ids` and `labels`, int64 [1, L]; the first label of each sample is -100, for nothing before it
+            predicts it. `sample_lengths`, int64 [n], which tells the model where samples begin. And as `collate`,
+            media.
+
+        Raises:
+            ValueError: as `collate`.
+        """
+        batch = self.collate(encoded)
+        real = batch.pop("attention_mask").bool()
+        batch["labels"][:, 0] = IGNORE
+        rows = {name: batch[name][real][None] for name in ("input_ids", "labels")}
+        return batch | rows | {"sample_lengths": real.sum(1)}
+
     def settings(self) -> dict[str, Any]:
         """Arguments of the class beside tokenizer and image processor, the template by its name."""
         return {

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from mmfast.adapt import dequantize
 from mmfast.adapt.optimize.last_layer import labelled_rows
+from mmfast.adapt.packing import sample_rows
 from mmfast.encoders import FrozenEncoder
 from mmfast.models.architectures import text_config_named, vision_config_named
 from mmfast.models.feature_cache import FEATURE_INPUTS, CachingModel
@@ -82,6 +83,10 @@ class MultimodalModel(CachingModel, PreTrainedModel):
     """Further arguments of `from_original`: what a published checkpoint does not tell."""
     media_inputs: tuple[str, ...] = ("pixel_values",)
     """Arguments of `forward`, `embed` and `generate` that hold media; they take `FEATURE_INPUTS` in their place."""
+    host_inputs: ClassVar[tuple[str, ...]] = ("sample_lengths", "media_tokens", "has_features")
+    """Arguments of `forward` whose values the host reads: on the CPU it need not wait for them."""
+    no_packing: ClassVar[str | None] = None
+    """Why samples cannot share a row; None: they can."""
 
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -367,13 +372,15 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         labels = ids.masked_fill(ids == self.config.image_token_id, IGNORE_INDEX)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **media}
 
-    def embed(self, input_ids: Tensor, **media: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, media_tokens: Tensor | None = None, **media: Tensor | None) -> Tensor:
         """Embeds the text and puts the media's features, in batch order, where the image tokens are.
 
         The id of the image token is never looked up, so it may lie beyond the vocabulary.
 
         Args:
             input_ids: [B, L] int64, with as many image tokens for each medium as it has features.
+            media_tokens: int64, numbers that add up to the image tokens in `input_ids`; None: they are counted, for
+                which the host waits for the device.
             **media: The `media_inputs` for the whole batch, such as `pixel_values` [n, 3, H, W] float; none, None or
                 n = 0 where there are no media.
 
@@ -387,7 +394,7 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_media, 0))
         given = {name: value for name, value in media.items() if value is not None and len(value)}
         features = self.media_features(**given) if given else None
-        self._check_media_tokens(is_media, 0 if features is None else len(features))
+        self._check_media_tokens(is_media, media_tokens, 0 if features is None else len(features))
         if features is None:
             return embeds
         return embeds.masked_scatter(is_media.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
@@ -400,6 +407,9 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         loss_reduction: str = "mean",
         output_logits: bool | None = None,
+        sample_lengths: Tensor | None = None,
+        media_tokens: Tensor | None = None,
+        label_rows: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalOutput:
         """Runs the model; with labels the loss is taken without making the logits.
@@ -411,12 +421,17 @@ class MultimodalModel(CachingModel, PreTrainedModel):
             inputs_embeds: [B, L, C], instead of `input_ids` and media.
             loss_reduction: "mean" or "sum" over the supervised tokens.
             output_logits: Whether to return logits; by default only without labels.
+            sample_lengths: [n] int64, instead of a mask: the tokens of each row before its padding; or, of the samples
+                that share the only row (`Processor.pack`), which then attend to themselves alone.
+            media_tokens: As in `embed`.
+            label_rows: [n] int64, the indices in [B · L] of the positions before a supervised label; None: they are
+                sought, for which the host waits for the device.
             **kwargs: The `media_inputs` for the whole batch in its order, such as `pixel_values` [n, 3, H, W] float;
                 the rest is passed to the language model.
 
         Raises:
-            ValueError: If the image tokens are not as many as the features, or not exactly one of `input_ids`
-                and `inputs_embeds` is given.
+            ValueError: If the image tokens are not as many as the features, not exactly one of `input_ids` and
+                `inputs_embeds` is given, or the rows are not those that `sample_lengths` tells of.
         """
         media = self._take_media(kwargs)
         if (input_ids is None) == (inputs_embeds is None) or (input_ids is None and media):
@@ -428,8 +443,12 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         text_alone = inputs_embeds is None and not any(len(value) for value in media.values())
         tied = self._tied_to_trained if text_alone else _untied
         if inputs_embeds is None:
-            inputs_embeds = self.embed(cast(Tensor, input_ids), **media)
-        _add_position_ids(kwargs, attention_mask, inputs_embeds)
+            inputs_embeds = self.embed(cast(Tensor, input_ids), media_tokens, **media)
+        if sample_lengths is None:
+            _add_position_ids(kwargs, attention_mask, inputs_embeds)
+        else:
+            kwargs |= sample_rows(self.get_decoder(), sample_lengths.tolist(), inputs_embeds, attention_mask)
+            attention_mask = kwargs.pop("attention_mask")
         if labels is None:
             output = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
             logits = None if output_logits is False else tied(output.logits)
@@ -437,11 +456,15 @@ class MultimodalModel(CachingModel, PreTrainedModel):
         kwargs.setdefault("use_cache", False)
         # The labels move instead of the hidden states: the last position of a row has no next token.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        labelled = targets != IGNORE_INDEX if label_rows is None else label_rows
         decoder = self.get_decoder()
-        with nullcontext() if output_logits else labelled_rows(decoder, targets != IGNORE_INDEX, kwargs) as rows:
+        with nullcontext() if output_logits else labelled_rows(decoder, labelled, kwargs) as rows:
             output = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         hidden = output.last_hidden_state
-        result = self._loss(hidden, targets if rows is None else targets[rows], loss_reduction)
+        states = hidden.flatten(0, -2)
+        if rows is None and label_rows is not None:
+            states, rows = states.index_select(0, label_rows), label_rows
+        result = self._loss(states, targets, rows, loss_reduction)
         result.loss = tied(cast(Tensor, result.loss))
         result.logits = self.get_output_embeddings()(hidden) if output_logits else None
         result.past_key_values = output.get("past_key_values")
@@ -508,8 +531,8 @@ class MultimodalModel(CachingModel, PreTrainedModel):
                     result = result + parameter.flatten()[:0].sum().to(result)
         return result
 
-    def _check_media_tokens(self, is_media: Tensor, available: int) -> None:
-        tokens = is_media.sum(-1).tolist()
+    def _check_media_tokens(self, is_media: Tensor, known: Tensor | None, available: int) -> None:
+        tokens = (is_media.sum(-1) if known is None else known).tolist()
         if sum(tokens) != available:
             raise ValueError(
                 f"{type(self).__name__}: input_ids has {sum(tokens)} image tokens (id {self.config.image_token_id}) "
@@ -524,12 +547,13 @@ class MultimodalModel(CachingModel, PreTrainedModel):
                 f"image has {each}; a multiple is accepted; truncate the text, never an image"
             )
 
-    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> MultimodalOutput:
+    def _loss(self, hidden: Tensor, targets: Tensor, rows: Tensor | None, reduction: str) -> MultimodalOutput:
+        """Of hidden states [B · L, C] and targets [B · L]; or, with the indices `rows` [n], of [n, C] at those."""
+        options: dict[str, Any] = {"reduction": reduction, "return_accuracy": True}
+        if rows is not None:
+            targets, options["ignore_index"] = targets[rows], None
         weight = self.get_output_embeddings().weight
-        result = cast(
-            LossAndAccuracy,
-            linear_cross_entropy(hidden.flatten(0, -2), weight, targets, reduction=reduction, return_accuracy=True),
-        )
+        result = cast(LossAndAccuracy, linear_cross_entropy(hidden, weight, targets, **options))
         return MultimodalOutput(result.loss, correct_tokens=result.correct, supervised_tokens=result.supervised)
 
     def _stop_tokens(self) -> dict[str, Any]:

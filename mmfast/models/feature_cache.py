@@ -71,7 +71,7 @@ class CachingModel(StagedModel):
             return made
         given = made[:0] if features is None else features.to(made.device)
         rows = torch.ones(len(given)) if has_features is None else has_features
-        rows = rows.to(made.device, torch.bool)
+        rows = rows.bool()
         told, counts = [int((~rows).sum()), int(rows.sum())], [len(made), len(given)]
         if told != counts:
             raise ValueError(
@@ -80,7 +80,10 @@ class CachingModel(StagedModel):
                 "them"
             )
         joined = made.new_empty(len(rows), *given.shape[1:], dtype=torch.promote_types(made.dtype, given.dtype))
-        joined[rows], joined[~rows] = given.to(joined.dtype), made.to(joined.dtype)
+        for mask, values in ((rows, given), (~rows, made)):
+            # Of a mask on the CPU, the indices are found there: nobody waits for the device.
+            indices = mask.nonzero().flatten().to(joined.device, non_blocking=True)
+            joined[indices] = values.to(joined.dtype)
         return joined
 
     def fill_feature_cache(

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mmfast.adapt.mixture import EXPERT_WEIGHTS, add_mixtures, route_as_told, route_by_first_sample, route_by_token
+from mmfast.adapt.packing import sample_rows
 from mmfast.data import Processor, load_image
 from mmfast.data import pad_to_square as padded_to_square
 from mmfast.encoders import ClipEncoder
@@ -337,21 +338,25 @@ class Lavin(MultimodalModel):
         Args:
             input_ids: As there.
             *args: As there.
-            modality: [B] int64, 1 where a sample has an image. By default it is told from `input_ids`; with
-                `inputs_embeds` it must be given.
+            modality: [B] int64, 1 where a sample has an image, of a packed row [n]. By default it is told from
+                `input_ids`; with `inputs_embeds` it must be given.
             **kwargs: As there.
 
         Raises:
             ValueError: As there; or nothing tells the modality, or the model is folded for the other one.
         """
+        lengths = kwargs.get("sample_lengths")
+        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        if lengths is not None and tokens is not None and len(lengths) == len(tokens):
+            lengths = None  # each sample has a row
         if modality is None and input_ids is not None:
-            modality = self._modality_of(input_ids)
+            modality = self._modality_of(input_ids, lengths)
         if modality is None and kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "Lavin: inputs_embeds are given without modality; [B] int64, 1 where a sample has an image, is accepted"
             )
         if modality is not None:
-            kwargs |= self._routing(modality)
+            kwargs |= self._routing(modality, lengths)
         return super().forward(input_ids, *args, **kwargs)
 
     @torch.no_grad()
@@ -469,12 +474,15 @@ class Lavin(MultimodalModel):
     def _attentions(self) -> list[Any]:
         return [layer.self_attn for layer in self.get_decoder().layers]
 
-    def _modality_of(self, input_ids: Tensor) -> Tensor:
-        """[B] int64: 1 where a row has an image."""
-        return (input_ids == self.config.image_token_id).any(-1).long()
+    def _modality_of(self, input_ids: Tensor, sample_lengths: Tensor | None = None) -> Tensor:
+        """[B] int64: 1 where a row, or [n] where a sample of a packed row, has an image."""
+        is_media = input_ids == self.config.image_token_id
+        if sample_lengths is None:
+            return is_media.any(-1).long()
+        return torch.stack([sample.any() for sample in is_media[0].split(sample_lengths.tolist())]).long()
 
-    def _routing(self, modality: Tensor) -> dict[str, Tensor]:
-        """What the language model has to be told for samples of these modalities [B]."""
+    def _routing(self, modality: Tensor, sample_lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """What the language model has to be told for samples of these modalities, [B] or [n] of a packed row."""
         if self._folded is not None:
             others = (modality != MODALITIES.index(self._folded[0])).nonzero().flatten().tolist()
             if others:
@@ -485,14 +493,19 @@ class Lavin(MultimodalModel):
         if self._hooks is None:
             return {}
         experts = self.expert_weights()
-        return {EXPERT_WEIGHTS: experts[:, modality.to(experts.device)]}
+        if sample_lengths is None:
+            return {EXPERT_WEIGHTS: experts[:, modality.to(experts.device)]}
+        length = sum(sample_lengths.tolist())
+        tokens = modality.repeat_interleave(sample_lengths.to(modality.device, non_blocking=True), output_size=length)
+        return {EXPERT_WEIGHTS: experts[:, tokens[None].to(experts.device)]}
 
     def _route_modalities(self) -> Tensor:
         """Runs the two modality tokens, each as a sequence of its own, and keeps what the routers say."""
         embedding = self.get_input_embeddings().weight
         experts: dict[int, Tensor] = {}
         tokens = self.modality.weight.to(embedding.device, embedding.dtype).unsqueeze(1)
-        self.get_decoder()(inputs_embeds=tokens, use_cache=False, **{EXPERT_WEIGHTS: experts})
+        decoder = self.get_decoder()
+        decoder(inputs_embeds=tokens, **sample_rows(decoder, [1, 1], tokens), **{EXPERT_WEIGHTS: experts})
         return torch.stack([experts[index] for index in range(len(self.adapters))])
 
     def _parameter_state(self) -> tuple[object, ...]:

@@ -258,6 +258,8 @@ class LlamaAdapter(MultimodalModel):
     )
     original_options = ("gate_activation", "prompt_length")
     media_inputs = ("pixel_values", "media_rows")
+    host_inputs = (*MultimodalModel.host_inputs, "media_rows")
+    no_packing = "an image's prompts belong to a row"
     parts = (
         "encoder",
         "connector",
@@ -511,7 +513,7 @@ class LlamaAdapter(MultimodalModel):
         found = self.media_features(pixel_values, features, has_features).unflatten(0, (images + blank, -1))
         # A row without an image has the blank one's prompts, or adds zero, exactly.
         rest = found[images:] if blank else torch.zeros_like(found[:1])
-        media_rows = torch.tensor(rows, dtype=torch.long, device=found.device)
+        media_rows = torch.tensor(rows, dtype=torch.long).to(found.device, non_blocking=True)
         prompts = rest.repeat(batch_size, 1, 1).index_copy(0, media_rows, found[:images])
         if FORMS[self.config.version].fusion == "add":
             return {"prompt_bias": prompts}
@@ -524,6 +526,12 @@ class LlamaAdapter(MultimodalModel):
         """As `MultimodalModel.forward`, with `pixel_values` [n, 3, H, W] and `media_rows` [n] as media."""
         inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         media = self._take_media(kwargs)
+        lengths = kwargs.get("sample_lengths")
+        if lengths is not None and inputs is not None and len(lengths) != len(inputs):
+            raise ValueError(
+                f"{type(self).__name__}: {len(lengths)} samples are in {len(inputs)} rows, but {self.no_packing}; a "
+                "row for each sample is accepted; use Processor.collate"
+            )
         if inputs is not None:
             kwargs |= self.visual_prompts(len(inputs), **media)
         return super().forward(input_ids, attention_mask, **kwargs)

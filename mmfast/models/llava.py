@@ -114,6 +114,7 @@ class Llava(MultimodalModel):
 
     config_class = LlavaConfig
     system = "llava"
+    host_inputs = (*MultimodalModel.host_inputs, "image_sizes")
     original_options = ("vision_feature_layer", "vision_feature_select_strategy")
     settings = (
         "connector",
@@ -321,7 +322,8 @@ class Llava(MultimodalModel):
         if self.image_newline is not None:
             features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
         # Not by indexing: the gradient of an embedding is summed in the same order every time.
-        return nn.functional.embedding(self.anyres.feature_index(sizes).to(features.device), features)
+        index = self.anyres.feature_index(sizes).to(features.device, non_blocking=True)
+        return nn.functional.embedding(index, features)
 
     @classmethod
     def from_original(

@@ -84,6 +84,7 @@ class VideoChatGpt(MultimodalModel):
     system = "video_chatgpt"
     settings = ("num_frames", "vision_feature_layer", "chat_template")
     media_inputs = ("pixel_values", "frame_counts")
+    host_inputs = (*MultimodalModel.host_inputs, "frame_counts")
     parts = ("encoder", "connector", "markers", "language_model")
     frozen_parts = ("encoder", "language_model")
 

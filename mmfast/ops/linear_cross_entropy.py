@@ -17,6 +17,9 @@ from mmfast.ops.backends import Backend, Machine, Op
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
+# The ignore_index where every row has a label: no label is that.
+NONE_IGNORED = -(2**63)
+
 # So many bytes of logits exist at a time: 512 rows of 32000 float32 logits, enough for efficient matrix products.
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -111,7 +114,7 @@ def check(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     return_accuracy: bool = False,
@@ -147,7 +150,8 @@ def check(
         raise ValueError(f"{where}: reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{where}: label_smoothing is {label_smoothing}; expected 0 to 1")
-    return Call(hidden, weight, labels, ignore_index, reduction, float(label_smoothing), return_accuracy)
+    ignored = NONE_IGNORED if ignore_index is None else ignore_index
+    return Call(hidden, weight, labels, ignored, reduction, float(label_smoothing), return_accuracy)
 
 
 def _no_float64(call: Call, machine: Machine) -> str | None:
@@ -200,7 +204,7 @@ def _run(
     label_smoothing: float,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[tuple[Any, ...], Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Any, ...] | None, Tensor, Tensor, Tensor, Tensor]:
     """Takes the rows with a label, a workspace full at a time, through logits, row kernel and gradients.
 
     Args:
@@ -208,13 +212,21 @@ def _run(
         scale [...] (fp32): a factor on the gradient of each row; None for 1.
 
     Returns:
-        rows: index of the n rows with a label, for a tensor shaped as labels.
+        rows: index of the n rows with a label, for a tensor shaped as labels; None for all of them.
         losses [n] (fp32), correct [n] (bool).
         grad_hidden, as hidden, and grad_weight [V, H] (fp32); [0] if not needed.
     """
     device, vocabulary = hidden.device, weight.shape[0]
-    rows: tuple[Any, ...] = (labels != ignore_index).nonzero(as_tuple=True)  # on CUDA: the one wait for the device
-    targets, factors = labels[rows], None if scale is None else scale[rows]
+    rows: tuple[Any, ...] | None = None
+    if ignore_index != NONE_IGNORED:
+        rows = (labels != ignore_index).nonzero(as_tuple=True)  # on CUDA: the one wait for the device
+        # Where nothing is ignored slices take the rows, which copies nothing.
+        rows = rows if len(rows[0]) < labels.numel() else None
+
+    def of_rows(tensor: Tensor) -> Tensor:
+        return tensor.flatten().contiguous() if rows is None else tensor[rows]
+
+    targets, factors = of_rows(labels), None if scale is None else of_rows(scale)
     count = len(targets)
     losses = torch.empty(count, device=device)
     correct = torch.empty(count, dtype=torch.bool, device=device)
@@ -222,15 +234,14 @@ def _run(
     grad_weight = torch.zeros(weight.shape if need_weight else 0, device=device)
 
     source, target = hidden, grad_hidden
-    nothing_ignored = count == labels.numel()  # then slices take the rows, which copies nothing
-    if nothing_ignored:
+    if rows is None:
         source, target = hidden.flatten(0, -2), grad_hidden.view(-1, hidden.shape[-1])
 
     chunk = max(1, WORKSPACE_BYTES // (vocabulary * hidden.element_size()))
     workspace = torch.empty((min(chunk, count), vocabulary), dtype=hidden.dtype, device=device)
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        here = part if nothing_ignored else tuple(index[part] for index in rows)
+        here = part if rows is None else tuple(index[part] for index in rows)
         x = source[here]
         logits = torch.mm(x, weight.t(), out=workspace[: x.shape[0]])
         rows_kernel(
@@ -276,8 +287,9 @@ def _fwd(
         rows_kernel, None, hidden, weight, labels, ignore_index, label_smoothing, need_hidden, need_weight
     )
     if reduction == "none":
-        loss = torch.zeros(labels.shape, device=labels.device)
-        loss[rows] = losses
+        loss = torch.zeros(labels.shape, device=labels.device) if rows else losses.view(labels.shape)
+        if rows:
+            loss[rows] = losses
     else:
         loss = losses.sum()
         if reduction == "mean":
@@ -394,7 +406,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     return_accuracy: bool = False,
@@ -412,7 +424,8 @@ def linear_cross_entropy(
         hidden [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).
         weight [V, H] (the same dtype), frozen or trained. Autocast casts both to its dtype.
         labels [...] (int64): a row of `weight`, or `ignore_index`.
-        ignore_index: the label of the rows that count for nothing.
+        ignore_index: the label of the rows that count for nothing. None: every row has a label; on CUDA the host then
+            does not wait to learn how many have one.
         reduction: "mean" over the rows with a label (0 if there is none), "sum" or "none".
         label_smoothing: from 0 to 1.
         return_accuracy: return the loss and two counts.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from mmfast.data import Processor
     from mmfast.data.processor import Encoded
 
-__all__ = ["MicroBatch", "batches_in_order", "make_micro_batches", "supervised_tokens", "training_windows"]
+__all__ = ["IGNORE_INDEX", "MicroBatch", "batches_in_order", "make_micro_batches", "micro_batch", "training_windows"]
 
 IGNORE_INDEX = -100
-_TEXT_INPUTS = {"input_ids", "attention_mask", "labels"}
+_TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "sample_lengths", "media_tokens", "label_rows"}
 _GRACE_SECONDS = 15
+# Sizes of samples, which are asked for twice: where micro-batches are made and where they are counted.
+_REMEMBERED = 2**16
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class MicroBatch:
     ids: list[str]
     """The samples' ids, for messages."""
     inputs: dict[str, Tensor]
-    """input_ids, attention_mask, labels and, where there are media, the model's `media_inputs`; on the CPU."""
+    """Arguments of `MultimodalModel.forward`, on the CPU: input_ids, labels, where there are media those of the model,
+    and what the host knows of them, so that it need not ask the device: sample_lengths, media_tokens, label_rows."""
+    tokens: int
+    """All tokens that are not padding."""
     bad: tuple[str, ...] = ()
     """Errors of the bad samples in whose place others stand."""
 
@@ -42,12 +48,19 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """The same in page-locked memory; the loader calls it where there is a GPU."""
-        return MicroBatch(self.ids, {name: value.pin_memory() for name, value in self.inputs.items()}, self.bad)
+        return replace(self, inputs={name: value.pin_memory() for name, value in self.inputs.items()})
 
 
-def supervised_tokens(labels: Tensor) -> int:
-    """Tokens of a batch that enter the loss: the first of a row is never predicted, so it does not count."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
+def micro_batch(ids: list[str], inputs: dict[str, Tensor]) -> MicroBatch:
+    """What `Processor.collate` (with padding on the right) or `Processor.pack` made of samples, as a micro-batch."""
+    inputs = dict(inputs)
+    mask = inputs.pop("attention_mask", None)
+    if mask is not None:
+        inputs["sample_lengths"] = mask.sum(1)
+    # The first token of a row is never predicted.
+    next_labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    inputs["label_rows"] = (next_labels.flatten() != IGNORE_INDEX).nonzero().flatten()
+    return MicroBatch(ids, inputs, int(inputs["sample_lengths"].sum()))
 
 
 def training_windows(
@@ -59,6 +72,8 @@ def training_windows(
     rank: int = 0,
     world_size: int = 1,
     split_kinds: bool = False,
+    packing: bool = False,
+    group_by_length: bool = False,
 ) -> Iterator[list[MicroBatch]]:
     """Yields one optimiser step's micro-batches of this process after the other.
 
@@ -72,9 +87,12 @@ def training_windows(
             an epoch may leave it without any.
         world_size: Number of processes.
         split_kinds: Micro-batches hold samples with media or samples without, never both: one is divided in two.
+        packing: The samples of a micro-batch share one row without padding.
+        group_by_length: The samples of a step are sorted by kind and length before they are divided.
     """
-    windows = _Windows(plan, steps, micro_batch_size, rank, world_size)
-    batches = _load(dataset, (chunk for window in windows for chunk in window), num_workers, split_kinds)
+    key = lru_cache(_REMEMBERED)(dataset.rough_size) if group_by_length else None
+    windows = _Windows(plan, steps, micro_batch_size, rank, world_size, key)
+    batches = _load(dataset, (chunk for window in windows for chunk in window), num_workers, split_kinds, packing)
     for window in windows:
         yield [batch for _ in window for batch in next(batches)]
 
@@ -95,20 +113,24 @@ def batches_in_order(
 
 
 def make_micro_batches(
-    dataset: EncodedDataset | JoinedDataset, indices: Sequence[int], split_kinds: bool = False
+    dataset: EncodedDataset | JoinedDataset, indices: Sequence[int], split_kinds: bool = False, packing: bool = False
 ) -> list[MicroBatch]:
     """These samples together, as `training_windows` would give them."""
-    return _Collate(dataset.processor, split_kinds)([dataset[index] for index in indices])
+    return _Collate(dataset.processor, split_kinds, packing)([dataset[index] for index in indices])
 
 
 def _load(
-    dataset: EncodedDataset | JoinedDataset, chunks: Iterable[list[int]], num_workers: int, split_kinds: bool
+    dataset: EncodedDataset | JoinedDataset,
+    chunks: Iterable[list[int]],
+    num_workers: int,
+    split_kinds: bool,
+    packing: bool = False,
 ) -> Iterator[list[MicroBatch]]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=chunks,  # type: ignore[arg-type]
         num_workers=num_workers,
-        collate_fn=_Collate(dataset.processor, split_kinds),
+        collate_fn=_Collate(dataset.processor, split_kinds, packing),
         worker_init_fn=_outlive_stop_signals,
         # An own generator: by default the loader draws from the global one, which dropout uses.
         generator=torch.Generator(),
@@ -126,10 +148,13 @@ class _Windows:
     micro_batch_size: int
     rank: int
     world_size: int
+    key: Callable[[int], Any] | None
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         size = self.micro_batch_size
         for batch in self.plan.batches(self.steps.start, self.steps.stop):
+            if self.key:
+                batch = sorted(batch, key=self.key)
             share = batch[self.rank :: self.world_size]
             yield [share[start : start + size] for start in range(0, len(share), size)]
 
@@ -138,6 +163,7 @@ class _Windows:
 class _Collate:
     processor: Processor
     split_kinds: bool
+    packing: bool
 
     def __call__(self, encoded: list[Encoded]) -> list[MicroBatch]:
         groups = [encoded]
@@ -146,8 +172,10 @@ class _Collate:
         return [self._batch(group) for group in groups if group]
 
     def _batch(self, group: list[Encoded]) -> MicroBatch:
+        inputs = self.processor.pack(group) if self.packing else self.processor.collate(group)
+        inputs["media_tokens"] = torch.tensor([sum(item.media_tokens) for item in group])
         bad = tuple(error for item in group for error in item.bad)
-        return MicroBatch([item.id for item in group], self.processor.collate(group), bad)
+        return replace(micro_batch([item.id for item in group], inputs), bad=bad)
 
 
 def _outlive_stop_signals(worker: int) -> None:

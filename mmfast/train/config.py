@@ -170,6 +170,12 @@ class TrainConfig:
     """What the language model's layers compute again in backward instead of keeping it: none, product (the product in
     the MLP), mlp (the MLP's wide matrices), full (the layer: least memory, about a third more time) or offload (full,
     its inputs kept on the host); or runs of layers such as full*20,none*12."""
+    packing: bool = False
+    """Whether the samples of a micro-batch share one row without padding, in which each attends to itself alone. The
+    gradients are the same, and no work is done on padding. For every system but llama_adapter."""
+    group_by_length: bool = False
+    """Whether the samples of a step are sorted by kind (media or text alone) and length before they are divided into
+    micro-batches: less padding, and the same gradients. It matters where micro_batch_size is less than the batch."""
     stages: list[StageConfig] = field(default_factory=list)
     """The stages, in order."""
     num_workers: int = 0
@@ -198,6 +204,8 @@ class TrainConfig:
         bases = (None, self.dtype, "int8", "nf4")
         _check(self.base_dtype in bases, "base_dtype", self.base_dtype, f"null, {', '.join(bases[1:])}")
         _check_recompute("recompute", self.recompute)
+        for name in ("packing", "group_by_length"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
         sources = [self.eval_data] if self.eval_data is None or isinstance(self.eval_data, str) else self.eval_data
         named = isinstance(sources, list) and all(name is None or (isinstance(name, str) and name) for name in sources)

@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import Subset
 
 from mmfast.data.budget import spent_budget
-from mmfast.evaluate.samples import world_split
 from mmfast.train.advice import explained_out_of_memory
 from mmfast.train.batches import MicroBatch, batches_in_order, make_micro_batches, training_windows
 from mmfast.train.checkpoint import Checkpoint, load_optimizer_state, optimizer_state, write_checkpoint
@@ -58,8 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainResult", "train"]
 
-# About a minute of tokenising; a sample further on is checked when it is read, and named all the same.
-_CHECKED_AT_START = 50_000
 # More than there will be: processes and steps have seeds of their own.
 _PROCESSES = 1_000_003
 
@@ -251,7 +248,7 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     set_processor(model, stage, config, run.config.max_length)
     from mmfast.data import BatchPlan
 
-    dataset, longest = _open_data(run, config)
+    dataset, longest = run.sources.joined(config, cast(Any, model.processor))
     plan = BatchPlan(len(dataset), config.batch_size, seed)
     total = steps_in_stage(len(dataset), config.batch_size, config.epochs, config.max_steps)
     if run.config.feature_cache:
@@ -276,28 +273,12 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
         accelerator.process_index,
         accelerator.num_processes,
         split_kinds=stage.routes is not None,
+        packing=run.config.packing,
+        group_by_length=run.config.group_by_length,
     )
     clipped = clip_groups(model, stage)
     evaluated = micro_batch_size, held_out
     return _RunningStage(stage, config, plan, total, optimizer, names, windows, clipped, *evaluated, dataset.max_bad)
-
-
-def _open_data(run: _Run, config: StageConfig) -> tuple[JoinedDataset, list[int]]:
-    """The stage's samples, of one source or of several, and the longest of them, as far as they were counted."""
-    from mmfast.data import EncodedDataset, JoinedDataset, check_supervision
-
-    datasets = []
-    heaviest: list[tuple[int, int]] = []
-    left = allowed = run.sources.allowed_bad(config)
-    for name, samples, media_folder in run.sources.of(config):
-        datasets.append(EncodedDataset(samples, cast(Any, run.model.processor), media_folder))
-        if world_split(name) is None:
-            # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
-            start = sum(map(len, datasets[:-1]))
-            report = check_supervision(datasets[-1], _CHECKED_AT_START, left)
-            left -= report.bad
-            heaviest += [(tokens, start + index) for tokens, index in report.heaviest]
-    return JoinedDataset(datasets, allowed), [index for _, index in sorted(heaviest, reverse=True)]
 
 
 def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[int]) -> None:
@@ -305,7 +286,7 @@ def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[
     if not indices:
         return
     run.model.train()
-    batches = make_micro_batches(dataset, indices, stage.routes is not None)
+    batches = make_micro_batches(dataset, indices, stage.routes is not None, run.config.packing)
     accumulate_gradients(run.model, batches, run.accelerator, torch_dtype(run.config), stage)
     run.model.zero_grad(set_to_none=True)
     tokens = max(batch.inputs["input_ids"].shape[1] for batch in batches)
@@ -370,8 +351,12 @@ def _train_stage(run: _Run, running: _RunningStage) -> None:
 def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch]) -> tuple[WindowResult, float]:
     """One step, or none at all if the loss or a gradient is not finite; returns the sums and the gradient's norm."""
     progress, stage, optimizer = run.progress, running.stage, running.optimizer
-    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config), stage)
-    norm = math.hypot(*(clip_gradients(group, running.config.max_grad_norm) for group in running.clipped))
+
+    def clip() -> list[torch.Tensor]:
+        return [clip_gradients(group, running.config.max_grad_norm) for group in running.clipped]
+
+    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config), stage, clip)
+    norm = math.hypot(*result.norms)
     finite = math.isfinite(result.loss) and math.isfinite(norm)
     if finite:
         # A window of text alone has no gradient for the connector: the first with all that is needed is judged.

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.adapt.optimize import optimize
+from mmfast.adapt.packing import attend_by_samples
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.models.parts import quantized_format
+from mmfast.train.batches import micro_batch
 from mmfast.train.config import StageConfig, TrainConfig
 from mmfast.train.setup import enter_stage, resolve_stage, system_options, torch_dtype
 from mmfast.train.simulate import StepMemory, as_fake, simulate_step
@@ -217,7 +219,7 @@ class _StageOnPaper:
         """What a setting takes, from a simulation of its step."""
         windows = -(-self._stage_config.batch_size // size)
         recompute(self._model.language_model, parse_policies(policies, len(self._layers)))
-        batch = self._model.example_inputs(size, self._tokens)
+        batch = micro_batch([], self._model.example_inputs(size, self._tokens)).inputs
         step = simulate_step(self._model, batch, self._mode, torch_dtype(self.config), self._stage, windows)
         inputs = sum(tensor.nbytes for tensor in batch.values())
         step = dataclasses.replace(step, workspace=step.workspace + inputs, peak=step.peak + inputs)
@@ -275,6 +277,7 @@ class _StageOnPaper:
         model = system.skeleton(self.config.llm, self.config.encoder, **system_options(self.config, system))
         if self.config.optimize:
             optimize(model.language_model)
+        attend_by_samples(model.language_model)
         if self.base_dtype in ("int8", "nf4"):
             _quantise_on_paper(model.get_decoder(), self.base_dtype)
         _set_dtypes(model, self.config)

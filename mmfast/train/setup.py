@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmfast.adapt.optimize import optimize
+from mmfast.adapt.packing import attend_by_samples
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
 from mmfast.train.config import StageConfig, TrainConfig
 
@@ -48,8 +49,9 @@ def build_model(config: TrainConfig) -> MultimodalModel:
 
     Raises:
         FileNotFoundError: If a part or `start_from` is not there.
-        ValueError: If sizes do not fit, an option is not one of the system's, `start_from` trained the language
-            model, a stage is to train it though it is quantised, or it is to be sharded and cannot be.
+        ValueError: If sizes do not fit, an option is not one of the system's, samples cannot be packed, `start_from`
+            trained the language model, a stage is to train it though it is quantised, or it is to be sharded and
+            cannot be.
     """
     from mmfast.models import get_system
 
@@ -61,6 +63,11 @@ def build_model(config: TrainConfig) -> MultimodalModel:
             "null is accepted"
         )
     _check_sharding(config, system)
+    if config.packing and system.no_packing is not None:
+        raise ValueError(
+            f"train: packing is set, but samples of the system {config.system} cannot share a row: "
+            f"{system.no_packing}; false is accepted"
+        )
     _check_base(config, system, options)
     model: MultimodalModel = system.from_parts(
         config.llm, config.encoder, dtype=torch_dtype(config), base_dtype=config.base_dtype, **options
@@ -69,6 +76,7 @@ def build_model(config: TrainConfig) -> MultimodalModel:
         _start_from(model, config.start_from)
     if config.optimize:
         optimize(model.language_model)
+    attend_by_samples(model.language_model)
     return model
 
 

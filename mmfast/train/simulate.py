@@ -84,7 +84,7 @@ def simulate_step(
     with mode:
         given = {name: torch.empty_like(x) if x.is_floating_point() else x for name, x in inputs.items()}
     ledger = _Ledger()
-    frozen = untrained(model, stage)[MicroBatch([], dict(inputs)).kind]
+    frozen = untrained(model, stage)[MicroBatch([], dict(inputs), 0).kind]
     with mode, ledger, held_frozen(frozen):
         for _ in range(min(windows, 2)):
             with autocast:

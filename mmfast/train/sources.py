@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from mmfast.data.budget import allowed_bad
-from mmfast.evaluate.samples import open_samples
+from mmfast.evaluate.samples import open_samples, world_split
 from mmfast.train.config import StageConfig, TrainConfig
 from mmfast.train.setup import stage_processor
 
 if TYPE_CHECKING:
-    from mmfast.data import Sample
+    from mmfast.data import JoinedDataset, Processor, Sample
     from mmfast.models.base import MultimodalModel
     from mmfast.models.stages import Stage
 
@@ -19,6 +19,8 @@ __all__ = ["Sources", "check_first_samples"]
 
 # Samples, at the most, of which one at least must be good for a run to start.
 _MOST_TRIED = 100
+# About a minute of tokenising; a sample further on is checked when it is read, and named all the same.
+_CHECKED_AT_START = 50_000
 
 
 class Sources:
@@ -45,6 +47,23 @@ class Sources:
     def allowed_bad(self, stage: StageConfig) -> int:
         """How many samples of a stage may be bad."""
         return allowed_bad(self._config.max_bad, sum(len(samples) for _, samples, _ in self.of(stage)))
+
+    def joined(self, stage: StageConfig, processor: Processor) -> tuple[JoinedDataset, list[int]]:
+        """The samples of a stage, and the indices of the longest of them, as far as they were counted."""
+        from mmfast.data import EncodedDataset, JoinedDataset, check_supervision
+
+        datasets = []
+        heaviest: list[tuple[int, int]] = []
+        left = allowed = self.allowed_bad(stage)
+        for name, samples, media_folder in self.of(stage):
+            datasets.append(EncodedDataset(samples, processor, media_folder))
+            if world_split(name) is None:
+                # Samples from a file can be wrong; those of the embedded world are made, at a cost, when they are read.
+                start = sum(map(len, datasets[:-1]))
+                report = check_supervision(datasets[-1], _CHECKED_AT_START, left)
+                left -= report.bad
+                heaviest += [(tokens, start + index) for tokens, index in report.heaviest]
+        return JoinedDataset(datasets, allowed), [index for _, index in sorted(heaviest, reverse=True)]
 
 
 def check_first_samples(model: MultimodalModel, stages: Sequence[Stage], config: TrainConfig, sources: Sources) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmfast.train.batches import IGNORE_INDEX, MicroBatch, supervised_tokens
+from mmfast.train.batches import IGNORE_INDEX, MicroBatch, micro_batch
 from mmfast.train.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class WindowResult:
     """Kinds of its micro-batches: "media", "text"."""
     bad: int
     """Bad samples that were replaced in it."""
+    norms: tuple[float, ...] = ()
+    """What `clip` gave."""
 
 
 def check_optimizer(name: str) -> None:
@@ -123,6 +125,7 @@ def accumulate_gradients(
     accelerator: Accelerator,
     dtype: torch.dtype,
     stage: Stage | None = None,
+    clip: Callable[[], list[Tensor]] | None = None,
 ) -> WindowResult:
     """Adds to the gradients those of the window's mean loss per supervised token.
 
@@ -134,6 +137,7 @@ def accumulate_gradients(
 
     A sharded model computes in all processes at once, so a process with fewer micro-batches than others runs ones
     without a supervised token in the end.
+    The host waits for the device once, at the end.
 
     Args:
         model: The model in training mode, sharded or whole; its gradients are zero or None.
@@ -141,12 +145,13 @@ def accumulate_gradients(
         accelerator: Says where to compute, and sums over processes.
         dtype: bfloat16 computes under autocast.
         stage: The stage that the model is in, for its routes; with these each micro-batch is of one kind.
+        clip: Called when the gradients are whole, with `clip_gradients` in it; its norms are read with the sums.
     """
     device = accelerator.device
     media_inputs = (*model.media_inputs, "features")
     counts = [
-        *(sum(supervised_tokens(b.inputs["labels"]) for b in window if b.kind == kind) for kind in _OTHER),
-        sum(int(batch.inputs["attention_mask"].sum()) for batch in window),
+        *(sum(len(batch.inputs["label_rows"]) for batch in window if batch.kind == kind) for kind in _OTHER),
+        sum(batch.tokens for batch in window),
         sum(len(batch.inputs[name]) for batch in window for name in media_inputs if name in batch.inputs),
         sum(len(batch.bad) for batch in window),
     ]
@@ -158,7 +163,10 @@ def accumulate_gradients(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     sharded = is_sharded(model)
     for batch in _in_step(model, window, accelerator, routes is not None) if sharded else window:
-        inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
+        inputs = {
+            name: value if name in model.host_inputs else value.to(device, non_blocking=True)
+            for name, value in batch.inputs.items()
+        }
         with held_frozen(others[batch.kind]):
             with autocast(device, dtype):
                 output = model(**inputs, loss_reduction="sum")
@@ -173,7 +181,10 @@ def accumulate_gradients(
             _sum_gradients(model, accelerator)
         loss, correct = accelerator.reduce((loss, correct), reduction="sum")  # type: ignore[assignment]
     kinds = frozenset(kind for kind, count in own.items() if count)
-    return WindowResult(loss.item(), supervised, int(correct.item()), tokens, media, kinds, bad)
+    norms = clip() if clip else []
+    # In one tensor, to wait once; float32 has every whole number up to 2^24, and so every count of a window.
+    mean, correct_tokens, *read = torch.stack([loss, correct.float(), *(norm.float() for norm in norms)]).tolist()
+    return WindowResult(mean, supervised, int(correct_tokens), tokens, media, kinds, bad, tuple(read))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -193,13 +204,13 @@ def clip_groups(model: MultimodalModel, stage: Stage) -> list[list[nn.Parameter]
     return [_trained(model, parts) for parts in routes]
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scales the gradients down to a global norm of at most `max_norm` (0: never) and returns the norm before."""
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients down to a global norm of at most `max_norm` (0: never) and returns the norm before, []."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm.item()
+    return norm
 
 
 def check_gradients(model: MultimodalModel, stage: Stage, window: Sequence[MicroBatch]) -> dict[str, int]:
@@ -287,7 +298,7 @@ def _idle_batch(model: MultimodalModel, kind: str) -> MicroBatch:
     else:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return MicroBatch([], {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)})
+    return micro_batch([], {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORE_INDEX)})
 
 
 def _sum_gradients(model: nn.Module, accelerator: Accelerator) -> None:

@@ -196,6 +196,23 @@ def test_other_ignore_index(backend: str, ignore_index: int) -> None:
     compare(backend, *example(ignore_index=ignore_index), ignore_index=ignore_index)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_where_every_row_has_a_label_none_is_sought(
+    backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that on CUDA the host does not wait for the device to count them."""
+    hidden, weight, labels = on(backend, *example(labelled=1.0))
+    grad = torch.rand(labels.shape if reduction == "none" else (), device=hidden.device)
+    expected = results(linear_cross_entropy, hidden, weight, labels, grad, backend=backend, reduction=reduction)
+    monkeypatch.setattr(Tensor, "nonzero", None)
+    options: Any = {"reduction": reduction, "ignore_index": None}
+    found = results(linear_cross_entropy, hidden, weight, labels, grad, backend=backend, **options)
+    assert all(map(torch.equal, found, expected))
+    if backend == "cpu":  # CUDA does not check labels
+        with pytest.raises(IndexError):
+            linear_cross_entropy(hidden, weight, labels - 101, backend=backend, ignore_index=None)
+
+
 def test_huge_logits(backend: str) -> None:
     weight = torch.tensor([[1e4, 0.0], [-1e4, 0.0], [9999.0, 0.0], [0.0, 1e4], [0.0, 0.0]])
     hidden, labels = torch.eye(2).repeat(5, 1), torch.arange(10) // 2

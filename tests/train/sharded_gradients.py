@@ -45,7 +45,7 @@ def measure(config: TrainConfig, accelerator: Accelerator, sharded: bool) -> tup
         batch for chunk in WINDOWS[accelerator.process_index] for batch in make_micro_batches(dataset, chunk, routed)
     ]
     result = accumulate_gradients(model.train(), own, accelerator, torch_dtype(config), stage)
-    norms = [clip_gradients(group, 1e-3) for group in clip_groups(model, stage)]
+    norms = [clip_gradients(group, 1e-3).item() for group in clip_groups(model, stage)]
     held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return gradients, {"loss": result.loss, "tokens": result.supervised_tokens, "norms": norms, "held": held}

@@ -33,7 +33,7 @@ HOLDER_FORWARDS = {"77c4c87abe1bb4c2", "d5e4f2f7aad0217f", "e2894af6f752811c", "
 
 
 def labelled_rows(
-    model: PreTrainedModel, is_labelled: Tensor, arguments: Mapping[str, Any]
+    model: PreTrainedModel, labelled: Tensor, arguments: Mapping[str, Any]
 ) -> AbstractContextManager[Tensor | None]:
     """Within, calls of `model` give the last hidden states of the labelled positions alone, where that is possible.
 
@@ -43,7 +43,8 @@ def labelled_rows(
 
     Args:
         model: A model of transformers without a head, such as LlamaModel or LlavaModel.
-        is_labelled: [B, L] or [B · L] bool, the positions whose hidden state the loss reads.
+        labelled: [B, L] or [B · L] bool, the positions whose hidden state the loss reads; or [n] int64, their indices
+            in [B · L], with which the host does not wait for the device to count them.
         arguments: What the model will be called with by name.
 
     Returns:
@@ -53,8 +54,10 @@ def labelled_rows(
     """
     if torch.compiler.is_compiling() or _asks_for_more(model, arguments) or refusal(model) is not None:
         return nullcontext()
-    rows = is_labelled.flatten().nonzero().flatten()
-    return _at_rows(model.get_decoder().layers, rows) if 0 < len(rows) < is_labelled.numel() else nullcontext()
+    if labelled.dtype != torch.bool:
+        return _at_rows(model.get_decoder().layers, labelled) if len(labelled) else nullcontext()
+    rows = labelled.flatten().nonzero().flatten()
+    return _at_rows(model.get_decoder().layers, rows) if 0 < len(rows) < labelled.numel() else nullcontext()
 
 
 @contextmanager
