@@ -12,6 +12,7 @@ from mmfast.evaluate.samples import open_samples, world_split
 from mmfast.train.batches import MicroBatch, batches_in_order
 from mmfast.train.config import TrainConfig
 from mmfast.train.rng import rng_state, set_rng_state
+from mmfast.train.step import autocast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +99,7 @@ def held_out_loss(
     try:
         for batch in batches:
             inputs = {name: value.to(device, non_blocking=True) for name, value in batch.inputs.items()}
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 output = model(**inputs, loss_reduction="sum")
             loss += output.loss.item()
             correct += int(output.correct_tokens)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmfast.ops.linear_cross_entropy import WORKSPACE_BYTES
 from mmfast.train.batches import MicroBatch
-from mmfast.train.step import held_frozen, untrained
+from mmfast.train.step import autocast, held_frozen, untrained
 
 if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
@@ -80,14 +79,13 @@ def simulate_step(
     """
     model.train()
     model.zero_grad(set_to_none=True)
-    autocast = torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else nullcontext()
     with mode:
         given = {name: torch.empty_like(x) if x.is_floating_point() else x for name, x in inputs.items()}
     ledger = _Ledger()
     frozen = untrained(model, stage)[MicroBatch([], dict(inputs), 0).kind]
     with mode, ledger, held_frozen(frozen):
         for _ in range(min(windows, 2)):
-            with autocast:
+            with autocast(torch.device("cpu"), dtype):
                 loss = model(**given, loss_reduction="sum").loss
             activations, before = ledger.held - ledger.grown(model), ledger.peak
             ledger.peak = ledger.held

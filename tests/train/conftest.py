@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmfast.train import StageConfig, TrainConfig
+from mmfast.train import StageConfig, TrainConfig, train
+from mmfast.train.log import StepLog
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven"]
 
@@ -99,6 +100,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def train_until_crash(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainConfig, int], None]:
+    """Trains until a crash in the step after `done`, before its line is written."""
+
+    def run(config: TrainConfig, done: int) -> None:
+        write = StepLog.write
+
+        def crash(log: StepLog, record: dict[str, Any]) -> None:
+            if record["step"] > done:
+                raise BufferError
+            write(log, record)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StepLog, "write", crash)
+            with pytest.raises(BufferError):
+                train(config)
+
+    return run
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from mmfast.data import EncodedDataset, JoinedDataset, JsonSamples
 from mmfast.train import StageConfig, TrainConfig, train
-from mmfast.train.log import StepLog
 from mmfast.train.setup import build_processor
 
 MakeConfig = Callable[..., TrainConfig]
@@ -82,22 +81,16 @@ def test_a_run_over_bad_samples_is_the_run_over_the_next_good_ones(
 
 @pytest.mark.parametrize("done", [2, 5])
 def test_a_resumed_run_counts_on(
-    make_config: MakeConfig, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+    make_config: MakeConfig,
+    broken: str,
+    tmp_path: Path,
+    train_until_crash: Callable[[TrainConfig, int], None],
+    done: int,
 ) -> None:
     whole = train(make_config(data=broken, out=str(tmp_path / "whole"), max_bad=3))
     assert whole.bad_samples
     config = make_config(data=broken, out=str(tmp_path / "killed"), max_bad=3, save_every=1)
-    write = StepLog.write
-
-    def crash(log: StepLog, record: dict[str, Any]) -> None:
-        if record["step"] > done:
-            raise BufferError
-        write(log, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepLog, "write", crash)
-        with pytest.raises(BufferError):
-            train(config)
+    train_until_crash(config, done)
     result = train(config, resume=True)
     assert lines(result.out) == lines(whole.out)
     assert result.bad_samples == whole.bad_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from mmfast.models.convert import convert
 from mmfast.models.export import export
 from mmfast.models.llama_adapter_original import read_checkpoint
 from mmfast.train import StageConfig, TrainConfig, train
-from mmfast.train.log import StepLog
 
 OPTIONS = {"version": "v2_multimodal_7b", "prompt_length": 3, "visual_width": 16, "visual_depth": 1}
 # Where that is the code's own, so that its layout can hold the model.
@@ -73,22 +73,17 @@ def test_two_phases_and_the_published_layout(
 
 @pytest.mark.parametrize("done", [2, 3, 5])
 def test_a_run_continues_from_any_step(
-    done: int, backbones: dict[str, str], encoder: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: int,
+    backbones: dict[str, str],
+    encoder: Path,
+    data: str,
+    tmp_path: Path,
+    train_until_crash: Callable[[TrainConfig, int], None],
 ) -> None:
     """As after a crash in step `done` + 1; 3 is where the first phase ends."""
     whole = train(make_config(backbones, encoder, data, tmp_path / "whole"))
     config = make_config(backbones, encoder, data, tmp_path / "broken", save_every=1)
-    write = StepLog.write
-
-    def crash(log: StepLog, record: dict[str, Any]) -> None:
-        if record["step"] > done:
-            raise BufferError
-        write(log, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepLog, "write", crash)
-        with pytest.raises(BufferError):
-            train(config)
+    train_until_crash(config, done)
     torch.rand(7)
     result = train(config, resume=True)
     losses = [

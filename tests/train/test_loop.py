@@ -74,22 +74,12 @@ def test_the_same_seed_gives_the_same_run(make_config: MakeConfig, tmp_path: Pat
 
 @pytest.mark.parametrize("done", [1, 3, 4, 7])
 def test_a_run_continues_from_any_step(
-    done: int, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: int, make_config: MakeConfig, tmp_path: Path, train_until_crash: Callable[[TrainConfig, int], None]
 ) -> None:
     """As after a crash in step `done` + 1, before its line was written; 4 is where the first stage ends."""
     whole = train(make_config(out=str(tmp_path / "whole")))
     config = make_config(out=str(tmp_path / "broken"), save_every=1)
-    write = StepLog.write
-
-    def crash(log: StepLog, record: dict[str, Any]) -> None:
-        if record["step"] > done:
-            raise BufferError
-        write(log, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepLog, "write", crash)
-        with pytest.raises(BufferError):
-            train(config)
+    train_until_crash(config, done)
     assert len(lines(config.out)) == done
     torch.rand(7)
     result = train(config, resume=True)

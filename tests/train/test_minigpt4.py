@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 
 from mmfast.models import open_model
 from mmfast.train import StageConfig, TrainConfig, train
-from mmfast.train.log import StepLog
 from mmfast.train.schedule import warmup_unshifted_cosine
 
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 20, "dropout": 0.2}
@@ -63,22 +63,16 @@ def test_two_stages_train_what_they_should(backbones: dict[str, str], data: str,
 
 @pytest.mark.parametrize("done", [2, 3, 5])
 def test_a_run_continues_from_any_step(
-    done: int, backbones: dict[str, str], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: int,
+    backbones: dict[str, str],
+    data: str,
+    tmp_path: Path,
+    train_until_crash: Callable[[TrainConfig, int], None],
 ) -> None:
     """As after a crash in step `done` + 1; 3 is where the first stage ends."""
     whole = train(make_config(backbones, data, tmp_path / "whole"))
     config = make_config(backbones, data, tmp_path / "broken", save_every=1)
-    write = StepLog.write
-
-    def crash(log: StepLog, record: dict[str, Any]) -> None:
-        if record["step"] > done:
-            raise BufferError
-        write(log, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepLog, "write", crash)
-        with pytest.raises(BufferError):
-            train(config)
+    train_until_crash(config, done)
     torch.rand(7)
     result = train(config, resume=True)
     assert deterministic(result.out) == deterministic(whole.out)
