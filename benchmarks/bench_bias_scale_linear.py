@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import bias_scale_linear, nf4_quantize, products
 from mmfast.ops.backends import machine
 from mmfast.ops.bias_scale_linear import OP, SCALE_ON, check, reference

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import gated_cross_attention
 from mmfast.ops.backends import machine
 from mmfast.ops.gated_cross_attention import OP, check, reference

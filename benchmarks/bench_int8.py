@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import harness
-import quantized
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness, quantized
 from mmfast.ops import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 
 

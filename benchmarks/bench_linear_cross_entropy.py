@@ -11,12 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmfast
+from mmfast.benchmarks import harness
 
 
 class Case(NamedTuple):

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import mixture_adapter
 from mmfast.ops.backends import machine
 from mmfast.ops.mixture_adapter import ACTIVATIONS, OP, check, reference

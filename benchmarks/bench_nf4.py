@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import harness
-import quantized
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness, quantized
 from mmfast.nn.quantized_state import to_state
 from mmfast.ops import NF4Weight, nf4_dequantize, nf4_linear, nf4_quantize
 from mmfast.ops.nf4 import BLOCK, LEVELS, dequantize_rows, reference_quantize

@@ -10,13 +10,13 @@ import copy
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmfast
+from mmfast.benchmarks import harness
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPS = ("lora", "rms_norm", "swiglu", "rope", "loss")

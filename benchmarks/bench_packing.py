@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from harness import arguments, measure, peak_extra_bytes, report
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from mmfast.adapt import optimize
 from mmfast.adapt.packing import IMPLEMENTATION, attend_by_samples
+from mmfast.benchmarks.harness import arguments, measure, peak_extra_bytes, report
 from mmfast.data import Encoded, Processor
 from mmfast.models import Llava, LlavaConfig, LoraSpec
 from mmfast.train.batches import MicroBatch, micro_batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.nn import PerceiverResampler
 
 # B · T, N, D: six layers, 64 latents, 8 heads of 64.

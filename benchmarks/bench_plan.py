@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from harness import arguments, environment, peak_extra_bytes
 
+from mmfast.benchmarks.harness import arguments, environment, peak_extra_bytes
 from mmfast.train import TrainConfig, load_recipe, recipe_names
 from mmfast.train.batches import micro_batch
 from mmfast.train.plan import plan_stage

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
+from mmfast.benchmarks import harness
 from mmfast.nn import QFormer
 
 # B, N: images of 257 states of EVA ViT-g; 32 queries, 12 layers of width 768.

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import rms_norm
 from mmfast.ops.backends import machine
 from mmfast.ops.rms_norm import OP, check, reference

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import rope
 from mmfast.ops.backends import machine
 from mmfast.ops.rope import OP, check, reference

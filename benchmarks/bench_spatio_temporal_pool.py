@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import spatio_temporal_pool
 from mmfast.ops.backends import machine
 from mmfast.ops.spatio_temporal_pool import OP, check, reference

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import swiglu
 from mmfast.ops.backends import machine
 from mmfast.ops.swiglu import OP, check, reference

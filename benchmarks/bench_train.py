@@ -17,7 +17,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-import harness
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 import mmfast
+from mmfast.benchmarks import harness
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

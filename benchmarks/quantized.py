@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.benchmarks import harness
 from mmfast.ops import products
 from mmfast.ops.backends import machine
 

@@ -98,7 +98,12 @@ def test_wheel_members(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("mmfast/", "mmfast-")) for name in names), names
     assert any(name.startswith("mmfast/_C.") for name in names)
-    wanted = {"mmfast/py.typed", "mmfast/kernels/spatio_temporal_pool.py", "mmfast/recipes/llava-world.yaml"}
+    wanted = {
+        "mmfast/py.typed",
+        "mmfast/kernels/spatio_temporal_pool.py",
+        "mmfast/benchmarks/harness.py",
+        "mmfast/recipes/llava-world.yaml",
+    }
     wanted |= {f"mmfast/world/weights/{part}/model.safetensors" for part in ("encoder", "llm")}
     assert wanted <= set(names)
     sources = {f"mmfast/{path.relative_to(ROOT / 'mmfast').as_posix()}" for path in (ROOT / "mmfast").rglob("*.py")}

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mmfast"
 KERNELS = PACKAGE.parent / "kernels"
+BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 # Each layer with the ones it may import. `data` and `world` stand beside the chain of design.
 ALLOWED: dict[str, set[str]] = {
@@ -27,17 +28,19 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"generate", "evaluate", "models", "adapt", "nn", "ops", "data", "world"},
 }
 # May import everything: the ends of the chain.
-TOP = {"cli", "compare", "demo", "environment", "__init__", "__main__"}
+TOP = {"benchmarks", "cli", "compare", "demo", "environment", "__init__", "__main__"}
 NO_TRANSFORMERS = {"kernels", "ops", "nn"}
 
 
 def python_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py")) + sorted(KERNELS.glob("*.py"))
+    return [*sorted(PACKAGE.rglob("*.py")), *sorted(KERNELS.glob("*.py")), *sorted(BENCHMARKS.glob("*.py"))]
 
 
 def layer_of(path: Path) -> str:
     if path.is_relative_to(KERNELS):
         return "kernels"
+    if path.is_relative_to(BENCHMARKS):
+        return "benchmarks"
     parts = path.relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else path.stem
 
