@@ -125,6 +125,7 @@ struct type_caster<mmfast::TensorView> {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of mmfast; called through mmfast.ops only.";
+  m.attr("compiler") = __VERSION__;
 #ifdef MMFAST_WITH_CUDA
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = MMFAST_CUDA_ARCHITECTURES;

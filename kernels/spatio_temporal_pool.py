@@ -298,12 +298,13 @@ def compile_cases() -> list[dict[str, Any]]:
             pointers = {"grad_pooled": dtype, "real": "u8", "grad_features": dtype}
             cases.append(_case(f"backward {name}", _bwd_kernel, pointers, blocks, tile.num_warps, aligned))
             blocks = blocks | {"STAGES": stages(4 if dtype == "fp32" else 2)} | ({"stride_d": 1} if aligned else {})
-            for part in {dtype, "fp32"}:
+            for part in dict.fromkeys((dtype, "fp32")):  # no set: its order is another in each process
                 pointers = {"features": dtype, "real": "u8", "temporal": part, "spatial": part}
                 case = f"forward {name}{'' if part == dtype else ', parts'}"
                 cases.append(_case(case, _fwd_kernel, pointers, blocks, tile.num_warps, aligned))
         pointers = {"temporal": "fp32", "spatial": "fp32", "pooled": dtype}
-        cases.append(_case(f"add parts {dtype}", _add_parts_kernel, pointers, {"BLOCK_D": ADD_CHANNELS}, 4, aligned))
+        name = f"add parts {dtype}{'' if aligned else ' unaligned'}"
+        cases.append(_case(name, _add_parts_kernel, pointers, {"BLOCK_D": ADD_CHANNELS}, 4, aligned))
     return cases
 
 

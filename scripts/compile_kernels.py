@@ -1,7 +1,8 @@
 """Compiles every Triton configuration and every CUDA file for the GPUs we support, without a GPU.
 
 Prints for each: registers a thread, bytes spilled, shared memory, and whether a tensor-core instruction
-is there. Fails on a failed compile, on a spill, and where a kernel that should use tensor cores does not.
+is there. Fails on a failed compile, on a spill, where a kernel that should use tensor cores does not, and where a
+Triton kernel's figures are not those of tests/guard/compile.json, which --accept replaces.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,29 +141,78 @@ def _demangle(name: str) -> str:
     return re.sub(r"\(anonymous namespace\)::|mmfast::|^void |\(.*\)$", "", readable)
 
 
+def printed(source: Iterable[Row]) -> list[Row]:
+    """The rows, each printed as soon as it is there."""
+    rows = []
+    for row in source:
+        rows.append(row)
+        registers = "?" if row.registers is None else row.registers
+        verdict = row.error or ("SPILLS" if row.spilled else "yes" if row.tensor_core else "no")
+        figures = f"{registers:>5} {row.spilled:>6} {row.shared:>7}"
+        print(f"{row.kernel[:72]:<72} {row.architecture:<8} {figures}  {verdict}", flush=True)
+    return rows
+
+
+def triton_versions() -> dict[str, str]:
+    """What decides on registers besides the kernels: Triton, and the assembler that comes with it."""
+    import triton
+
+    release = subprocess.run([_ptxas(), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release [\d.]+, (V[\d.]+)", release)
+    return {"triton": triton.__version__, "ptxas": found.group(1) if found else release.strip()}
+
+
+def compare(rows: list[Row], accept: bool) -> list[str]:
+    """What differs from the accepted table; with `accept`, which replaces it, nothing does."""
+    sys.path.insert(0, str(ROOT / "tests" / "shared"))
+    from guarded import records
+
+    found = records.Record(triton_versions(), figures(rows))
+    accepted = records.load(records.COMPILED)
+    if accept:
+        records.save(records.COMPILED, found)
+        print(f"{len(rows)} rows accepted in {records.shown(records.COMPILED)}")
+        return []
+    if accepted.versions != found.versions:
+        print(
+            f"NOT COMPARED with {records.shown(records.COMPILED)}: it is of {accepted.versions}, this is "
+            f"{found.versions}, whose registers are others. To record those: {records.ACCEPT_COMPILED}"
+        )
+        return []
+    lines = records.differences(accepted.rows, found.rows)
+    if lines:
+        print(records.complaint(records.COMPILED, lines, records.ACCEPT_COMPILED))
+    return lines
+
+
+def figures(rows: list[Row]) -> dict[str, dict[str, str]]:
+    """A row's figures, by kernel and architecture. (Bytes spilled are none, or the run has failed.)"""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cores = ", tensor core" if row.tensor_core else ""
+        figure = f"{row.registers} registers, {row.shared} B shared{cores}"
+        if found.setdefault(row.kernel, {}).setdefault(row.architecture, figure) is not figure:
+            raise ValueError(f"two forms are called {row.kernel!r}; give them different names")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-cuda", action="store_true", help="Triton kernels only")
+    parser.add_argument("--accept", action="store_true", help="make the Triton kernels' figures the accepted ones")
     options = parser.parse_args()
 
-    rows = []
     print(f"{'kernel':<72} {'arch':<8} {'regs':>5} {'spill':>6} {'shared':>7}  tensor core")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    sources = [triton_rows()]
-    if not options.no_cuda and nvcc:
-        sources.append(cuda_rows(nvcc))
-    for source in sources:
-        for row in source:
-            rows.append(row)
-            registers = "?" if row.registers is None else row.registers
-            verdict = row.error or ("SPILLS" if row.spilled else "yes" if row.tensor_core else "no")
-            figures = f"{registers:>5} {row.spilled:>6} {row.shared:>7}"
-            print(f"{row.kernel[:72]:<72} {row.architecture:<8} {figures}  {verdict}", flush=True)
+    triton = printed(triton_rows())
+    cuda = printed(cuda_rows(nvcc)) if nvcc and not options.no_cuda else []
     if not nvcc:
         print("nvcc not found: the CUDA files were not compiled")
-    bad = [row for row in rows if row.error or row.spilled]
-    print(f"{len(rows)} compiled, {len(bad)} bad")
-    return 1 if bad or not rows else 0
+    bad = [row for row in triton + cuda if row.error or row.spilled]
+    print(f"{len(triton) + len(cuda)} compiled, {len(bad)} bad")
+    if bad or not triton:
+        return 1
+    return 1 if compare(triton, options.accept) else 0
 
 
 if __name__ == "__main__":

@@ -123,15 +123,14 @@ def _add_gated_triton(x: Tensor, *tensors: Tensor) -> None:
 _ADD_GATED: dict[str, Callable[..., None]] = {"cpu": _add_gated_cpu, "triton": _add_gated_triton}
 
 
-def _factor(gate: Tensor, channels: int) -> Tensor:
-    """tanh(gate) for each channel, in fp32."""
-    return torch.tanh(gate.to(torch.float32)).expand(channels).contiguous()
+def _tanh(gate: Tensor) -> Tensor:
+    return torch.tanh(gate.to(torch.float32))
 
 
 def _fwd(backend: str, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     matrices = [products.as_matrix(matrix) for matrix in (x, y, out)]
-    _ADD_GATED[backend](*matrices[:2], _factor(gate, x.shape[-1]), matrices[2])
+    _ADD_GATED[backend](*matrices[:2], _tanh(gate).expand(x.shape[-1]).contiguous(), matrices[2])
     return out
 
 
@@ -142,7 +141,8 @@ def _fwd_fake(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
 def _bwd(backend: str, grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> list[Tensor]:
     """The gradients of y, if it is needed, and of gate, in fp32, if y is given."""
     channels = grad.shape[-1]
-    factor = _factor(gate, channels)
+    tanh = _tanh(gate)
+    factor = tanh.expand(channels).contiguous()
     grad_y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if need_y else None
     sums = None if y is None else torch.zeros_like(factor)
     matrices = [None if matrix is None else products.as_matrix(matrix) for matrix in (grad, y, grad_y)]
@@ -150,7 +150,7 @@ def _bwd(backend: str, grad: Tensor, y: Tensor | None, gate: Tensor, need_y: boo
     STEPS[backend].read_grad(*matrices[:2], None, factor, matrices[2], None, sums)
     found = [] if grad_y is None else [grad_y]
     if sums is not None:
-        slope = 1 - torch.tanh(gate.to(torch.float32)) ** 2
+        slope = 1 - tanh**2
         total = sums.view_as(gate) if gate.numel() == channels else sums.sum(dtype=torch.float64).to(torch.float32)
         found.append((slope * total).view_as(gate))
     return found

@@ -269,7 +269,7 @@ def _add_product(total: Tensor, logits: Tensor, x: Tensor) -> None:
     rows = max(1, WORKSPACE_BYTES // (x.shape[1] * x.element_size()))
     for start in range(0, total.shape[0], rows):
         part = slice(start, start + rows)
-        total[part] += logits[:, part].t() @ x
+        total[part].add_(logits[:, part].t() @ x)  # `+=` would copy the part onto itself as well
 
 
 def _fwd(
@@ -362,6 +362,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The counts have no gradients, rather than zeros.
+        ctx.set_materialize_grads(False)
         need_hidden, need_weight = (need and reduction != "none" for need in ctx.needs_input_grad[:2])
         loss, correct, supervised, grad_hidden, grad_weight = _FWD(
             hidden, weight, labels, ignore_index, reduction, label_smoothing, need_hidden, need_weight, backend

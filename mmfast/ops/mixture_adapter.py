@@ -321,7 +321,8 @@ def mixture_adapter(
     The experts of a sample are merged into one update of few ranks, so that x is read and y written once, and so in
     backward with the gradient. Saved for backward: x if `down_weight` is trained; the pre-activations [rows, ranks] in
     fp32 where the gradients need h or the slope of the activation; the merged experts [B, ranks / groups + 1, H] in
-    fp32; no mask. Only gradients that are asked for are made. Differentiable once, except on the reference.
+    fp32, and with a router the K that are merged; no mask. Only gradients that are asked for are made. Differentiable
+    once, except on the reference.
 
     Args:
         x [B, ..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).

@@ -75,21 +75,29 @@ def row_chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, max(rows, 1), CHUNK_ROWS)]
 
 
-def linear(out: Tensor, x: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
-    """out [M, N] = x Wᵀ, or += with `add`, for x [M, K] and the tensors of W [N, K]."""
+def linear(
+    out: Tensor, x: Tensor, weight: list[Tensor], backend: str, *, add: bool = False, bias: Tensor | None = None
+) -> None:
+    """out [M, N] = x Wᵀ, or += with `add`, or x Wᵀ + bias [N] of its dtype; x is [M, K], the tensors are those of W."""
     if weight[0].dtype == out.dtype:
-        torch.addmm(out, x, weight[0].t(), beta=float(add), out=out)
+        _add_product(out, x, weight[0].t(), add, bias)
         return
     quantised = weights.FORMATS.get(weight[0].dtype)
     if quantised and quantised.takes_small(x, weight, backend):
         target = torch.empty_like(out) if add else out
-        quantised.small_linear(x, weight, target, backend, None)
+        quantised.small_linear(x, weight, target, backend, bias)
         if add:
             out += target
         return
     for rows, block in _blocks(weight, out.dtype, backend):
-        part = out[:, rows]
-        torch.addmm(part, x, block.t(), beta=float(add), out=part)
+        _add_product(out[:, rows], x, block.t(), add, None if bias is None else bias[rows])
+
+
+def _add_product(out: Tensor, x: Tensor, factor: Tensor, add: bool, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.addmm(out, x, factor, beta=float(add), out=out)
+    else:  # added where the product is written, not by a pass of its own
+        torch.addmm(bias, x, factor, out=out)
 
 
 def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:

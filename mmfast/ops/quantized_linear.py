@@ -94,11 +94,10 @@ def _fwd(backend: str) -> Callable[[Tensor, list[Tensor], Tensor | None], Tensor
             form.small_linear(x, weight, target, backend, bias)
             return out
         dtype = products.compute_dtype(x, backend)
+        bias = None if bias is None else bias.to(dtype)
         for chunk in products.row_chunks(x, dtype):
             part = target[chunk] if dtype == x.dtype else torch.empty((chunk.stop - chunk.start, rows), dtype=dtype)
-            if bias is not None:
-                part.copy_(bias)
-            products.linear(part, x[chunk].to(dtype), weight, backend, add=bias is not None)
+            products.linear(part, x[chunk].to(dtype), weight, backend, bias=bias)
             if dtype != x.dtype:
                 target[chunk] = part
         return out
