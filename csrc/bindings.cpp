@@ -51,10 +51,10 @@ void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<
                     int threads);
 
 void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView> residual, float eps, TensorView y,
-                      std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads);
+                      std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads, int vector_bits);
 void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, TensorView h, TensorView weight,
                       TensorView rstd, std::optional<TensorView> grad_x, std::optional<TensorView> grad_weight,
-                      int threads);
+                      int threads, int vector_bits);
 
 void rope_cpu(std::vector<TensorView> from, TensorView cos, TensorView sin, std::vector<TensorView> to, bool adjoint,
               int threads);
@@ -182,10 +182,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("rms_norm_fwd_cpu", &mmfast::rms_norm_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("residual"),
         py::arg("eps"), py::arg("y"), py::arg("sum"), py::arg("rstd"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
   m.def("rms_norm_bwd_cpu", &mmfast::rms_norm_bwd_cpu, py::arg("grad_y"), py::arg("grad_sum"), py::arg("h"),
         py::arg("weight"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
 
   m.def("rope_cpu", &mmfast::rope_cpu, py::arg("from"), py::arg("cos"), py::arg("sin"), py::arg("to"),
         py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -5,6 +5,7 @@
 #include "lanes.h"
 #include "matrix.h"
 #include "scalars.h"
+#include "stream.h"
 
 namespace mmfast {
 namespace {

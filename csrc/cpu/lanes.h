@@ -25,6 +25,7 @@ namespace avx2 {
 
 using Floats = __m256;
 using Integers = int32_t __attribute__((vector_size(32)));
+using Unsigned = uint32_t __attribute__((vector_size(32)));
 
 MMFAST_AVX2 MMFAST_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
 MMFAST_AVX2 MMFAST_INLINE Floats load(const Float16* from) {
@@ -33,6 +34,12 @@ MMFAST_AVX2 MMFAST_INLINE Floats load(const Float16* from) {
 MMFAST_AVX2 MMFAST_INLINE Floats load(const Bfloat16* from) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+MMFAST_AVX2 MMFAST_INLINE Integers load_bits(const void* from) {
+  return (Integers)_mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+MMFAST_AVX2 MMFAST_INLINE void store_bits(void* to, Integers bits) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)bits);
 }
 // The upper half of each of eight integers.
 MMFAST_AVX2 MMFAST_INLINE void store_upper(void* to, Integers bits) {
@@ -54,6 +61,7 @@ namespace avx512 {
 
 using Floats = __m512;
 using Integers = int32_t __attribute__((vector_size(64)));
+using Unsigned = uint32_t __attribute__((vector_size(64)));
 
 MMFAST_AVX512 MMFAST_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 MMFAST_AVX512 MMFAST_INLINE Floats load(const Float16* from) {
@@ -63,6 +71,8 @@ MMFAST_AVX512 MMFAST_INLINE Floats load(const Bfloat16* from) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
+MMFAST_AVX512 MMFAST_INLINE Integers load_bits(const void* from) { return (Integers)_mm512_loadu_si512(from); }
+MMFAST_AVX512 MMFAST_INLINE void store_bits(void* to, Integers bits) { _mm512_storeu_si512(to, (__m512i)bits); }
 // The upper half of each of sixteen integers.
 MMFAST_AVX512 MMFAST_INLINE void store_upper(void* to, Integers bits) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)bits, 16)));

@@ -7,8 +7,10 @@
 #include <optional>
 
 #include "../tensor_view.h"
+#include "lanes.h"
 #include "matrix.h"
 #include "scalars.h"
+#include "stream.h"
 
 namespace mmfast {
 namespace {
@@ -55,9 +57,15 @@ MMFAST_INLINE void add(const T* x, const T* residual, T* sum, int64_t width) {
   for (int64_t d = 0; d < width; ++d) sum[d] = from_float<T>(to_float(x[d]) + to_float(residual[d]));
 }
 
+// y = weight · (h · rstd).
+template <typename T, typename W>
+MMFAST_INLINE void scale(const T* h, const W* weight, float rstd, W* y, int64_t width) {
+#pragma omp simd
+  for (int64_t d = 0; d < width; ++d) y[d] = from_float<W>(to_float(weight[d]) * round_to<T>(to_float(h[d]) * rstd));
+}
+
 template <typename T, typename W>
 MMFAST_INLINE void forward(const Forward<T, W>& f, int64_t first, int64_t last) {
-  const W* weight = f.weight;
   const int64_t width = f.width;
   for (int64_t i = first; i < last; ++i) {
     const T* h = f.x + i * width;
@@ -69,78 +77,97 @@ MMFAST_INLINE void forward(const Forward<T, W>& f, int64_t first, int64_t last) 
     }
     const float rstd = 1.0f / std::sqrt(sum_of_squares(h, width) / static_cast<float>(width) + f.eps);
     if (f.rstd) f.rstd[i] = rstd;
-    W* y = f.y + i * width;
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d)
-      y[d] = from_float<W>(to_float(weight[d]) * round_to<T>(to_float(h[d]) * rstd));
+    scale(h, f.weight, rstd, f.y + i * width, width);
   }
 }
 
-// COUNT rows from the i-th on. `part` gets their share of the weight's gradient.
-template <int COUNT, bool WITH_X, bool WITH_SUM, bool WITH_PART, typename T, typename W>
-MMFAST_INLINE void backward_rows(const Backward<T, W>& b, int64_t i, float* part) {
-  const int64_t width = b.width;
-  const W *weight = b.weight, *grad_y = b.grad_y + i * width;
-  const T *grad_sum = b.grad_sum + (WITH_SUM ? i * width : 0), *h = b.h + i * width;
-  T* grad_x = b.grad_x + (WITH_X ? i * width : 0);
-  float rstd[COUNT], factor[COUNT];
-  for (int k = 0; k < COUNT; ++k) {
-    rstd[k] = b.rstd[i + k];
-    if constexpr (WITH_X) {
-      const int64_t row = k * width;
-      float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < width; ++d) dot += to_float(grad_y[row + d]) * to_float(weight[d]) * to_float(h[row + d]);
-      factor[k] = dot * rstd[k] * rstd[k] / static_cast<float>(width);
-    }
-  }
-#pragma omp simd
-  for (int64_t d = 0; d < width; ++d) {
-    float total = 0.0f;
-#pragma GCC unroll 4
-    for (int k = 0; k < COUNT; ++k) {
-      const int64_t at = k * width + d;
-      const float g = to_float(grad_y[at]), value = to_float(h[at]);
-      if constexpr (WITH_PART) total += g * round_to<T>(value * rstd[k]);
+// Σ grad_y · weight · h.
+template <typename T, typename W>
+MMFAST_INLINE float dot(const W* grad_y, const W* weight, const T* h, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < width; ++d) sum += to_float(grad_y[d]) * to_float(weight[d]) * to_float(h[d]);
+  return sum;
+}
+
+// Of some rows: 1 / sqrt(mean(h²) + eps), and rstd² · mean(grad_y · weight · h).
+template <int GROUP>
+struct Factors {
+  float rstd[GROUP], row[GROUP];
+};
+
+// Of GROUP rows from the i-th on, the gradients of the columns from `first` on. `part` gets their share of the weight's.
+template <int GROUP, bool WITH_X, bool WITH_SUM, bool WITH_PART, typename T, typename W>
+MMFAST_INLINE void gradients(const Backward<T, W>& b, int64_t i, const Factors<GROUP>& f, float* part, int64_t first) {
+  for (int64_t d = first; d < b.width; ++d) {
+    for (int k = 0; k < GROUP; ++k) {
+      const int64_t at = (i + k) * b.width + d;
+      const float g = to_float(b.grad_y[at]), value = to_float(b.h[at]);
+      if constexpr (WITH_PART) part[d] += g * round_to<T>(value * f.rstd[k]);
       if constexpr (WITH_X) {
-        float grad = (g * to_float(weight[d]) - value * factor[k]) * rstd[k];
-        if constexpr (WITH_SUM) grad += to_float(grad_sum[at]);
-        grad_x[at] = from_float<T>(grad);
+        float grad = (g * to_float(b.weight[d]) - value * f.row[k]) * f.rstd[k];
+        if constexpr (WITH_SUM) grad += to_float(b.grad_sum[at]);
+        b.grad_x[at] = from_float<T>(grad);
       }
     }
-    if constexpr (WITH_PART) part[d] += total;
   }
 }
 
 template <bool WITH_X, bool WITH_SUM, bool WITH_PART, typename T, typename W>
-MMFAST_INLINE void backward_all(const Backward<T, W>& b, int64_t first, int64_t last, float* part) {
-  int64_t i = first;
-  if constexpr (WITH_PART)
-    for (; i + 4 <= last; i += 4) backward_rows<4, WITH_X, WITH_SUM, WITH_PART>(b, i, part);
-  for (; i < last; ++i) backward_rows<1, WITH_X, WITH_SUM, WITH_PART>(b, i, part);
+void backward_all(const Backward<T, W>& b, int64_t first, int64_t last, float* part) {
+  for (int64_t i = first; i < last; ++i) {
+    Factors<1> f{{b.rstd[i]}, {}};
+    if constexpr (WITH_X)
+      f.row[0] = dot(b.grad_y + i * b.width, b.weight, b.h + i * b.width, b.width) * f.rstd[0] * f.rstd[0] /
+                 static_cast<float>(b.width);
+    gradients<1, WITH_X, WITH_SUM, WITH_PART>(b, i, f, part, 0);
+  }
+}
+
+}  // namespace
+}  // namespace mmfast
+
+#if defined(__x86_64__)
+#define MMFAST_LANES MMFAST_AVX2
+#define MMFAST_NAMESPACE avx2
+#include "rms_norm.inc"
+#undef MMFAST_LANES
+#undef MMFAST_NAMESPACE
+#define MMFAST_LANES MMFAST_AVX512
+#define MMFAST_NAMESPACE avx512
+#include "rms_norm.inc"
+#endif
+
+namespace mmfast {
+namespace {
+
+template <typename T, typename W>
+void forward_rows(const Forward<T, W>& f, int64_t first, int64_t last, int vector_bits) {
+#if defined(__x86_64__)
+  if (vector_bits >= 512 && has_avx512()) return avx512::forward(f, first, last);
+  if (vector_bits >= 256 && has_avx2()) return avx2::forward(f, first, last);
+#endif
+  forward(f, first, last);
+}
+
+template <bool WITH_X, bool WITH_SUM, bool WITH_PART, typename T, typename W>
+void backward_rows(const Backward<T, W>& b, int64_t first, int64_t last, float* part, int vector_bits) {
+#if defined(__x86_64__)
+  if (vector_bits >= 512 && has_avx512())
+    return avx512::backward_all<WITH_X, WITH_SUM, WITH_PART>(b, first, last, part);
+  if (vector_bits >= 256 && has_avx2()) return avx2::backward_all<WITH_X, WITH_SUM, WITH_PART>(b, first, last, part);
+#endif
+  backward_all<WITH_X, WITH_SUM, WITH_PART>(b, first, last, part);
 }
 
 template <typename T, typename W>
-MMFAST_INLINE void backward(const Backward<T, W>& b, int64_t first, int64_t last, float* part) {
-  if (!b.grad_x) return backward_all<false, false, true>(b, first, last, part);
-  if (b.grad_sum && part) return backward_all<true, true, true>(b, first, last, part);
-  if (b.grad_sum) return backward_all<true, true, false>(b, first, last, part);
-  if (part) return backward_all<true, false, true>(b, first, last, part);
-  backward_all<true, false, false>(b, first, last, part);
+void backward_rows(const Backward<T, W>& b, int64_t first, int64_t last, float* part, int vector_bits) {
+  if (!b.grad_x) return backward_rows<false, false, true>(b, first, last, part, vector_bits);
+  if (b.grad_sum && part) return backward_rows<true, true, true>(b, first, last, part, vector_bits);
+  if (b.grad_sum) return backward_rows<true, true, false>(b, first, last, part, vector_bits);
+  if (part) return backward_rows<true, false, true>(b, first, last, part, vector_bits);
+  backward_rows<true, false, false>(b, first, last, part, vector_bits);
 }
-
-// One function for each combination of dtypes, because a template cannot be cloned.
-#define MMFAST_ROWS(T, W)                                                                                        \
-  MMFAST_CLONES void forward_rows(const Forward<T, W>& f, int64_t first, int64_t last) { forward(f, first, last); } \
-  MMFAST_CLONES void backward_rows(const Backward<T, W>& b, int64_t first, int64_t last, float* part) {             \
-    backward(b, first, last, part);                                                                              \
-  }
-
-MMFAST_ROWS(float, float)
-MMFAST_ROWS(Float16, Float16)
-MMFAST_ROWS(Float16, float)
-MMFAST_ROWS(Bfloat16, Bfloat16)
-MMFAST_ROWS(Bfloat16, float)
 
 MMFAST_CLONES void add_parts(const float* parts, int64_t count, int64_t stride, float* total, int64_t width) {
   std::fill_n(total, width, 0.0f);
@@ -194,9 +221,9 @@ T* address(const std::optional<TensorView>& view) {
 }  // namespace
 
 // h = x + residual (x without one), y = weight · (h · rstd), rstd = 1 / sqrt(mean(h²) + eps); sum = h. x, residual, sum
-// [..., H] of one dtype, weight [H] of that dtype or f32, y [..., H] of the weight's, rstd [rows] f32; all packed.
+// [..., H] of one dtype, weight [H] of that dtype or f32, y [..., H] of the weight's, rstd [rows] f32; all packed. Vectors of `vector_bits` at most are used.
 void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView> residual, float eps, TensorView y,
-                      std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads) {
+                      std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads, int vector_bits) {
   const auto [rows, width] = check_sizes(x, weight);
   check_rows("x", x, x.dtype, x);
   check_rows("y", y, weight.dtype, x);
@@ -211,16 +238,17 @@ void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView>
     const Forward<T, W> f{x.as<T>(),       address<T>(residual), weight.as<W>(),       eps,
                           address<T>(sum), y.as<W>(),            address<float>(rstd), width};
     for_each_step(rows, std::max<int64_t>((rows + threads - 1) / threads, 1), threads,
-                  [&](int64_t first, int64_t last) { forward_rows(f, first, last); });
+                  [&](int64_t first, int64_t last) { forward_rows(f, first, last, vector_bits); });
   });
 }
 
 // grad_x = grad_sum + rstd · (g - h · rstd² · mean(g · h)) with g = grad_y · weight, and grad_weight = Σ grad_y · n over
 // the rows, where n = h · rstd is rounded as in forward: each if it is given. grad_y [..., H] of the weight's dtype;
-// grad_sum, h, grad_x of x's; grad_weight [H], rstd [rows] f32; all packed.
+// grad_sum, h, grad_x of x's; grad_weight [H], rstd [rows] f32; all packed. Vectors of
+// `vector_bits` at most are used.
 void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, TensorView h, TensorView weight,
                       TensorView rstd, std::optional<TensorView> grad_x, std::optional<TensorView> grad_weight,
-                      int threads) {
+                      int threads, int vector_bits) {
   const auto [rows, width] = check_sizes(h, weight);
   check_rows("h", h, h.dtype, h);
   check_rows("grad_y", grad_y, weight.dtype, h);
@@ -239,7 +267,7 @@ void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, Ten
                            rstd.as<float>(), address<T>(grad_x),   width};
     const int64_t step = grad_weight ? ROWS : std::max<int64_t>((rows + threads - 1) / threads, 1);
     for_each_step(rows, step, threads, [&](int64_t first, int64_t last) {
-      backward_rows(b, first, last, grad_weight ? parts.get() + first / ROWS * width : nullptr);
+      backward_rows(b, first, last, grad_weight ? parts.get() + first / ROWS * width : nullptr, vector_bits);
     });
   });
   if (!grad_weight) return;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 from op_cases import BACKENDS, DEVICES, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near, case, dtypes_of
 from torch import Tensor
 
-from mmfast.ops import BackendUnavailable, explain, rms_norm, use_backend
-from mmfast.ops.backends import Machine
+from mmfast.ops import BackendUnavailable, explain, extension, rms_norm, use_backend
+from mmfast.ops.backends import Machine, machine
 from mmfast.ops.rms_norm import CPU_CROSSOVER, OP, TRITON_WIDTH, _is_small, check, reference
 
 EPS = 1e-5
@@ -116,6 +118,23 @@ def test_close_to_float64(backend: str, dtype: torch.dtype, shape: tuple[int, ..
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.skipif(bool(machine(torch.device("cpu")).lacks("cpu")), reason="the extension is not built")
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0, 256, 512])
+def test_vectors_of_every_size(
+    bits: int, dtype: torch.dtype, weight: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = extension.module()
+    limited = SimpleNamespace(
+        rms_norm_fwd_cpu=partial(built.rms_norm_fwd_cpu, vector_bits=bits),
+        rms_norm_bwd_cpu=partial(built.rms_norm_bwd_cpu, vector_bits=bits),
+    )
+    monkeypatch.setattr(extension, "module", lambda: limited)
+    for needs in ("xwr", "xr", "w"):
+        assert_close("cpu", some(6, 77, dtype=dtype, weight=weight), needs=needs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "weight"), list(itertools.permutations(DTYPES, 2)))
 def test_a_weight_of_another_dtype(backend: str, dtype: torch.dtype, weight: torch.dtype) -> None:
