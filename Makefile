@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # A folder of the checkout on sys.path would make `kernels/` importable under another package's name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: env demo test lint bench compile clean
+.PHONY: env demo test lint bench compile docs clean
 .DEFAULT_GOAL := test
 
 env: $(STAMP)
@@ -38,5 +38,8 @@ bench: env
 		$(BIN)/python $$file --out benchmarks/results/cpu || exit 1; done
 	$(BIN)/python benchmarks/table.py
 
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build site dist *.egg-info

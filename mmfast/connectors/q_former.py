@@ -87,7 +87,7 @@ def merge_patches(features: Tensor) -> Tensor:
     no file is loaded into it and it never trains. The class token is dropped.
 
     Args:
-        features [n, 1 + P, D]: class token first, then the patches row by row, rows of a multiple of four.
+        features: [n, 1 + P, D], class token first, then the patches row by row, rows of a multiple of four.
 
     Returns:
         [n, P / 4, 4 · D].

@@ -92,10 +92,10 @@ class GatedCrossAttentionBlock(nn.Module):
         """The text after it has seen the media.
 
         Args:
-            x [B, L, D]: the text, or those tokens of it that are not in a cache yet.
-            text_time [B, L] (int32, int64): the number of media at or before each token, from `mmfast.ops.text_times`;
+            x: [B, L, D], the text, or those tokens of it that are not in a cache yet.
+            text_time: [B, L] (int32, int64), the number of media at or before each token, from `mmfast.ops.text_times`;
                 of a cached step, with `past`, so that a token sees the last medium of its prefix.
-            media [B, T, n, media_size]: T media of n rows each, as a resampler gives them. T may be 0.
+            media: [B, T, n, media_size], T media of n rows each, as a resampler gives them. T may be 0.
             media_kv: what `precompute_media_kv` gave, instead of `media`.
 
         Returns:

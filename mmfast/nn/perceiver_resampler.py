@@ -22,7 +22,7 @@ class MediaKV(NamedTuple):
 
     Attributes:
         layers: for each layer, keys and values side by side, [B · T, N, 2 · num_heads · head_dim].
-        mask [B · T, N] (bool): True where a medium is real; or None.
+        mask: [B · T, N] (bool), True where a medium is real; or None.
         batch, times: B and T.
     """
 
@@ -177,7 +177,7 @@ class PerceiverResampler(nn.Module):
         """The latents of each image or video.
 
         Args:
-            media [B, T, F, V, D] (T images or videos of F frames of V patches), or [B, T, N, D].
+            media: [B, T, F, V, D] (T images or videos of F frames of V patches), or [B, T, N, D].
             media_mask (bool): True where media are real: [B, T, F] for whole frames, or the shape of `media` but D.
                 Default: all are. An image of which nothing is real is no error: its latents see each other.
             media_kv: what `precompute_media_kv` gave, instead of `media` and `media_mask`.

@@ -270,12 +270,12 @@ class QFormer(nn.Module):
         """What the queries have read.
 
         Args:
-            queries [B, n, D], or [1, n, D]: the same for all samples; cast to the dtype of the weights.
-            encoder_states [B, N, C]: what the queries look at; cast likewise.
-            encoder_mask [B, N] (bool or integers): not 0 where a state is real. Padding counts nowhere, whatever it
+            queries: [B, n, D], or [1, n, D], the same for all samples; cast to the dtype of the weights.
+            encoder_states: [B, N, C], what the queries look at; cast likewise.
+            encoder_mask: [B, N] (bool or integers), not 0 where a state is real. Padding counts nowhere, whatever it
                 holds. Default: all are. The queries of a sample without any attend to nothing, which gives zero.
-            input_ids [B, L] (integers): instructions. Default: none.
-            attention_mask [B, L] (bool or integers), of `input_ids` alone: not 0 where a token is real. Default: all
+            input_ids: [B, L] (integers), instructions. Default: none.
+            attention_mask: [B, L] (bool or integers), of `input_ids` alone, not 0 where a token is real. Default: all
                 are.
 
         Returns:

@@ -129,13 +129,13 @@ class ZeroInitAttention(nn.Module):
         """Attends to the words and to the prompts.
 
         Args:
-            query [B, H, L, D], key, value [B, Hkv, S, D]: of the words, rotated where the layer rotates them.
+            query, key, value: [B, H, L, D], [B, Hkv, S, D] and the same, of the words, rotated where the layer rotates.
             key_proj, value_proj: the layer's projections, from [..., C] to [..., Hkv · D].
             attn_mask, is_causal, scale: as in `F.scaled_dot_product_attention`; masks concern the words alone.
-            prompt_bias [B, P, C] or [B, 1, C]: added to the prompts of each sample, an image's features for instance;
+            prompt_bias: [B, P, C] or [B, 1, C], added to the prompts of each sample, an image's features for instance;
                 the prompts themselves where the layer has none of its own.
-            words [B, H, L, D]: the words' part, if another attention has computed it.
-            prompted [B] bool: the samples that attend to prompts; None: all. The others get the words' part, bit for
+            words: [B, H, L, D], the words' part, if another attention has computed it.
+            prompted: [B] bool, the samples that attend to prompts; None: all. The others get the words' part, bit for
                 bit.
 
         Returns:

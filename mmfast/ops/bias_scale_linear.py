@@ -34,10 +34,10 @@ def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | No
         none:    y = x Wᵀ + bias                the code of the multimodal 7B model
 
     Args:
-        x [..., K] (fp32, fp16, bf16, fp64; any strides).
-        weight [N, K] (dense, the dtype of x; or quantised, whose dense values in that dtype are meant).
-        bias [N] (any floating dtype), or None.
-        scale [N] on the output, [K] on the input (any floating dtype); None for "none" and only there.
+        x: [..., K] (fp32, fp16, bf16, fp64; any strides).
+        weight: [N, K] (dense, the dtype of x; or quantised, whose dense values in that dtype are meant).
+        bias: [N] (any floating dtype), or None.
+        scale: [N] on the output, [K] on the input (any floating dtype); None for "none" and only there.
         scale_on: "output", "input" or "none".
 
     Returns:
@@ -445,10 +445,10 @@ def bias_scale_linear(
     Differentiable once, except on the reference.
 
     Args:
-        x [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
-        weight [N, K]: dense, in the dtype of x, frozen or trained; or quantised and frozen (`nf4_quantize`,
+        x: [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
+        weight: [N, K], dense, in the dtype of x, frozen or trained; or quantised and frozen (`nf4_quantize`,
             `int8_quantize`).
-        bias [N] (any floating dtype), or None.
+        bias: [N] (any floating dtype), or None.
         scale (any floating dtype): [N] on the output, [K] on the input, None for "none".
         scale_on: "output" (the paper), "input" (the 65B code) or "none" (the 7B code).
         backend: "cpu", "triton" or "reference"; default: the fastest that can.

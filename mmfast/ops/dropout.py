@@ -32,7 +32,7 @@ class Dropout(NamedTuple):
     """What a mask depends on.
 
     Attributes:
-        seed [1] (int64), on the device of the matrix: no host ever waits for it.
+        seed: [1] (int64), on the device of the matrix, no host ever waits for it.
         threshold: see `threshold`.
     """
 

@@ -19,8 +19,8 @@ def text_times(media_locations: Tensor, past: Tensor | None = None) -> Tensor:
     """For each token, the number of media at or before it: the `text_time` of `gated_cross_attention`.
 
     Args:
-        media_locations [B, L] (bool): True at the tokens that stand for a medium, each of which sees its own.
-        past [B] (any integer dtype): media in the tokens before these, which a cache holds; default: none. A token
+        media_locations: [B, L] (bool), True at the tokens that stand for a medium, each of which sees its own.
+        past: [B] (any integer dtype), media in the tokens before these, which a cache holds; default: none. A token
             that is decoded alone thereby sees the last medium of its prefix.
 
     Returns:
@@ -61,9 +61,9 @@ def reference(
     medium t alone, or with `only_latest=False` media 1 .. t, as far as they exist.
 
     Args:
-        query [B, H, L, D] (fp32, fp16, bf16, fp64; any strides; any size but D may be 0).
-        key, value [B, H, T · media_length, D].
-        text_time [B, L] (int32, int64): media at or before each token (`text_times`). 0 or less: it sees nothing.
+        query: [B, H, L, D] (fp32, fp16, bf16, fp64; any strides; any size but D may be 0).
+        key, value: [B, H, T · media_length, D].
+        text_time: [B, L] (int32, int64), media at or before each token (`text_times`). 0 or less: it sees nothing.
             More than T: the latest medium does not exist, so it sees nothing, or with `only_latest=False` all T.
             Any order is allowed; kernels are fastest where times do not decrease, as in text.
         media_length: rows of each medium, at least 1.
@@ -335,9 +335,9 @@ def gated_cross_attention(
     projections take them. Differentiable once, except on the reference.
 
     Args:
-        query [B, H, L, D] (fp32, fp16, bf16; fp64 on the reference; last stride 1 for the kernels).
-        key, value [B, H, T · media_length, D]: medium t = 1 .. T owns rows (t - 1) · media_length .. t · media_length.
-        text_time [B, L] (int32, int64): the number of media at or before each token, from `text_times`.
+        query: [B, H, L, D] (fp32, fp16, bf16; fp64 on the reference; last stride 1 for the kernels).
+        key, value: [B, H, T · media_length, D], medium t = 1 .. T owns rows (t - 1) · media_length .. t · media_length.
+        text_time: [B, L] (int32, int64), the number of media at or before each token, from `text_times`.
         media_length: rows of each medium.
         scale: default D^-0.5.
         only_latest: whether a token sees the latest medium only, or all up to it.

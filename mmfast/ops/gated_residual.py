@@ -28,7 +28,7 @@ def reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     gradient is not zero.
 
     Args:
-        x, y [..., H] (fp32, fp16, bf16, fp64; any strides): the stream and the branch, of one shape and dtype.
+        x, y: [..., H] (fp32, fp16, bf16, fp64; any strides), the stream and the branch, of one shape and dtype.
         gate (any floating dtype): one number, of shape [] or [1], or one for each channel, [H].
 
     Returns:
@@ -202,7 +202,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = 
     Saves gate, and y if gate needs a gradient. Differentiable once, except on the reference.
 
     Args:
-        x, y [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides): of one shape and dtype.
+        x, y: [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides), of one shape and dtype.
         gate (any floating dtype): one number, of shape [] or [1], or one for each channel, [H].
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 

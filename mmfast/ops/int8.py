@@ -24,8 +24,8 @@ class Int8Weight(NamedTuple):
     """A frozen weight [N, K] in 8 bits: values · scale, row by row.
 
     Attributes:
-        values [N, K] (int8): from -127 to 127.
-        scale [N] (fp32).
+        values: [N, K] (int8), from -127 to 127.
+        scale: [N] (fp32).
         dtype: of the weight that was quantised, and of what `int8_dequantize` returns by default.
     """
 
@@ -58,7 +58,7 @@ def reference_quantize(weight: Tensor) -> Int8Weight:
         scale = max |w| of a row / 127;  values = w / scale, rounded half to even;  a row of zeros has scale 0, values 0
 
     Args:
-        weight [N, K] (fp32, fp16, bf16; finite; any strides).
+        weight: [N, K] (fp32, fp16, bf16; finite; any strides).
     """
     return _finish(weight, *_reference_rows_of_values(weight))
 
@@ -280,7 +280,7 @@ def int8_quantize(weight: Tensor, *, backend: str | None = None) -> Int8Weight:
     """`weight` [N, K] in 8 bits: `reference_quantize` says how.
 
     Args:
-        weight [N, K] (fp32, fp16, bf16; finite; any strides).
+        weight: [N, K] (fp32, fp16, bf16; finite; any strides).
         backend: "cpu" or "reference"; default: the fastest that can. Both give the same bits.
 
     Raises:
@@ -318,9 +318,9 @@ def int8_linear(x: Tensor, q: Int8Weight, bias: Tensor | None = None, *, backend
     """x Wᵀ + bias: `mmfast.ops.quantized_linear.reference` says what. Differentiable in x and bias.
 
     Args:
-        x [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides). Autocast casts it to its dtype.
+        x: [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides). Autocast casts it to its dtype.
         q: the weight [N, K].
-        bias [N] (any floating dtype).
+        bias: [N] (any floating dtype).
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 
     Returns:

@@ -32,8 +32,8 @@ class LossAndAccuracy(NamedTuple):
 
     Attributes:
         loss: as without `return_accuracy`.
-        correct [] (int64): rows whose label is the argmax of their logits, the first one on ties. No gradient.
-        supervised [] (int64): rows with a label.
+        correct: [] (int64), rows whose label is the argmax of their logits, the first one on ties. No gradient.
+        supervised: [] (int64), rows with a label.
     """
 
     loss: Tensor
@@ -58,9 +58,9 @@ def reference(
     Unlike that of `F.cross_entropy`, the mean over no row is 0 and has a gradient, which is 0.
 
     Args:
-        hidden [..., H] (fp32, fp16, bf16, fp64; any strides).
-        weight [V, H] (the same dtype).
-        labels [...] (int64): a row of `weight`, or `ignore_index`.
+        hidden: [..., H] (fp32, fp16, bf16, fp64; any strides).
+        weight: [V, H] (the same dtype).
+        labels: [...] (int64), a row of `weight`, or `ignore_index`.
         ignore_index: the label of the rows that count for nothing.
         reduction: "mean" over the rows with a label, "sum" or "none".
         label_smoothing: ε, from 0 to 1.
@@ -209,7 +209,7 @@ def _run(
 
     Args:
         rows_kernel: see `_rows_cpu`.
-        scale [...] (fp32): a factor on the gradient of each row; None for 1.
+        scale: [...] (fp32), a factor on the gradient of each row; None for 1.
 
     Returns:
         rows: index of the n rows with a label, for a tensor shaped as labels; None for all of them.
@@ -423,9 +423,9 @@ def linear_cross_entropy(
     the logits again. Where no gradient is needed, none is made. Differentiable once, except on the reference.
 
     Args:
-        hidden [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).
-        weight [V, H] (the same dtype), frozen or trained. Autocast casts both to its dtype.
-        labels [...] (int64): a row of `weight`, or `ignore_index`.
+        hidden: [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).
+        weight: [V, H] (the same dtype), frozen or trained. Autocast casts both to its dtype.
+        labels: [...] (int64), a row of `weight`, or `ignore_index`.
         ignore_index: the label of the rows that count for nothing. None: every row has a label; on CUDA the host then
             does not wait to learn how many have one.
         reduction: "mean" over the rows with a label (0 if there is none), "sum" or "none".

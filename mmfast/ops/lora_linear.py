@@ -44,11 +44,11 @@ def reference(
     """The definition: y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ.
 
     Args:
-        x [..., K] (fp32, fp16, bf16, fp64; any strides).
-        weight [N, K] (dense, the dtype of x; or quantised, whose dense values in that dtype are meant).
-        lora_a [R, K], lora_b [N, R] (any floating dtype): cast to that of x.
+        x: [..., K] (fp32, fp16, bf16, fp64; any strides).
+        weight: [N, K] (dense, the dtype of x; or quantised, whose dense values in that dtype are meant).
+        lora_a, lora_b: [R, K] and [N, R] (any floating dtype), cast to that of x.
         scaling: the factor on the update, alpha / R in the paper.
-        bias [N] (any floating dtype).
+        bias: [N] (any floating dtype).
         dropout: the mask of x on its way to A; None: every element stays.
 
     Returns:
@@ -532,12 +532,12 @@ def lora_linear(
     no mask and no copy of x in another dtype. Differentiable once, except on the reference.
 
     Args:
-        x [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
-        weight [N, K]: dense, in the dtype of x, frozen or trained; or quantised and frozen (`nf4_quantize`,
+        x: [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
+        weight: [N, K], dense, in the dtype of x, frozen or trained; or quantised and frozen (`nf4_quantize`,
             `int8_quantize`).
-        lora_a [R, K], lora_b [N, R] (any floating dtype): the adapter; or lists of them, one of each stacked adapter.
+        lora_a, lora_b: [R, K] and [N, R] (any floating dtype), the adapter; or lists of them, of stacked adapters.
         scaling: the factor on the update (alpha / R in the paper); with stacked adapters a list.
-        bias [N] (any floating dtype).
+        bias: [N] (any floating dtype).
         dropout: probability of dropping an element of x on its way to A, rounded to a multiple of 2⁻¹⁶. The mask
             depends on PyTorch's generator alone, so every backend has the same one and checkpointing repeats it.
         backend: "cpu", "triton" or "reference"; default: the fastest that can.

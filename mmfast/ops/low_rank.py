@@ -197,7 +197,7 @@ class Siblings(NamedTuple):
     Attributes:
         steps: of the backend.
         frozen: the tensors of W.
-        a [R, K]: all A's below each other, in the dtype of the products.
+        a: [R, K], all A's below each other, in the dtype of the products.
         ranks: the rows of `a` that belong to each.
         lora_bs, scalings: as given.
         dropout: of x on its way to `a`.

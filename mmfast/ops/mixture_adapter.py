@@ -54,13 +54,13 @@ def reference(
     """The definition: y = x + scale · Σ_k router_k · (Û_k h_k + bias_k), h_k = drop(act(A_k x + a_k)).
 
     Args:
-        x [B, ..., H] (fp32, fp16, bf16, fp64; any strides).
+        x: [B, ..., H] (fp32, fp16, bf16, fp64; any strides).
         down_weight A: [R, H], which all K experts share (LaVIN), or [K, R, H], one for each.
         down_bias a: [R] or [K, R], or None.
-        up_weight [K, H, R / G]: grouped as in a convolution; output channels g · H / G to (g + 1) · H / G - 1 see the
+        up_weight: [K, H, R / G], grouped as in a convolution; output channels g · H / G to (g + 1) · H / G - 1 see the
             ranks g · R / G to (g + 1) · R / G - 1 of h_k. Û_k [H, R] is that matrix with zeros elsewhere. G is R
             divided by the last dimension; LaVIN has 2, a plain adapter 1.
-        up_bias [K, H], or None.
+        up_bias: [K, H], or None.
         router: [B, K], the experts' weights for each sample, or [B, ..., K] for each token; None: 1, for K = 1.
         scale: the factor on the update.
         dropout: the mask of h, whose columns are the ranks of A_0, A_1, ...; None: every element stays.
@@ -325,12 +325,12 @@ def mixture_adapter(
     once, except on the reference.
 
     Args:
-        x [B, ..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).
-        down_weight [R, H], which the experts share, or [K, R, H].
-        down_bias [R] or [K, R], or None.
-        up_weight [K, H, R / groups]: its last dimension says how many groups there are.
-        up_bias [K, H], or None.
-        router [B, K]: the experts' weights for each sample; or [B, ..., K], for each token (on the reference); None:
+        x: [B, ..., H] (fp32, fp16, bf16; fp64 on the reference; any strides).
+        down_weight: [R, H], which the experts share, or [K, R, H].
+        down_bias: [R] or [K, R], or None.
+        up_weight: [K, H, R / groups], its last dimension says how many groups there are.
+        up_bias: [K, H], or None.
+        router: [B, K], the experts' weights for each sample; or [B, ..., K], for each token (on the reference); None:
             no weights, for one expert.
         scale: the factor on the update.
         dropout: probability of dropping an element of h, rounded to a multiple of 2⁻¹⁶. The mask depends on PyTorch's

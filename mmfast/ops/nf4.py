@@ -51,12 +51,13 @@ class NF4Weight(NamedTuple):
     """A frozen weight [N, K] in 4 bits. Blocks are of 64 elements of the weight as it lies in memory, row after row.
 
     Attributes:
-        packed [N, K // 2] (uint8): element 2j in the high half of byte j, 2j + 1 in the low one; K is even.
-        absmax [ceil(N·K / 64)] (fp32; uint8 if double-quantised): the largest magnitude in each block.
+        packed: [N, K // 2] (uint8), element 2j in the high half of byte j, 2j + 1 in the low one; K is even.
+        absmax: [ceil(N·K / 64)] (fp32; uint8 if double-quantised), the largest magnitude in each block.
         dtype: of the weight that was quantised, and of what `nf4_dequantize` returns by default.
-        nested_absmax [ceil(blocks / 256)] (fp32), nested_code [256] (fp32), nested_offset [] (fp32): if
-            double-quantised, all three, and the absmax of block i is
+        nested_absmax: [ceil(blocks / 256)] (fp32), if double-quantised, as the next two; the absmax of block i is
             nested_code[absmax[i]] · nested_absmax[i // 256] + nested_offset.
+        nested_code: [256] (fp32).
+        nested_offset: [] (fp32).
     """
 
     packed: Tensor
@@ -97,7 +98,7 @@ def reference_quantize(weight: Tensor, double_quant: bool = True) -> NF4Weight:
     absmax - mean(absmax), see `quantize_absmax`.
 
     Args:
-        weight [N, K] (fp32, fp16, bf16; finite; any strides): K even.
+        weight: [N, K] (fp32, fp16, bf16; finite; any strides), K even.
         double_quant: store absmax in 8 bits.
 
     Source: Dettmers et al., "QLoRA" (arXiv 2305.14314), section 3; bitsandbytes, backends/default/ops.py.
@@ -410,7 +411,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True, backend: str | No
     """`weight` [N, K] in 4 bits: `reference_quantize` says how.
 
     Args:
-        weight [N, K] (fp32, fp16, bf16; finite; any strides): K even.
+        weight: [N, K] (fp32, fp16, bf16; finite; any strides), K even.
         double_quant: store the scales of blocks in 8 bits: 4.127 bits an element instead of 4.5.
         backend: "cpu", "triton" or "reference"; default: the fastest that can. All give the same bits.
 
@@ -449,9 +450,9 @@ def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None, *, backend: 
     """x Wᵀ + bias: `mmfast.ops.quantized_linear.reference` says what. Differentiable in x and bias.
 
     Args:
-        x [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides). Autocast casts it to its dtype.
+        x: [..., K] (fp32, fp16, bf16; fp64 on the reference; any strides). Autocast casts it to its dtype.
         q: the weight [N, K].
-        bias [N] (any floating dtype).
+        bias: [N] (any floating dtype).
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 
     Returns:

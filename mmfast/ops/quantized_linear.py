@@ -21,9 +21,9 @@ def reference(x: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> Tens
     """The definition: dequantise, in the dtype of x, then `F.linear`. Differentiable in x and bias, twice too.
 
     Args:
-        x [..., K] (fp32, fp16, bf16, fp64; any strides; any leading size may be 0).
+        x: [..., K] (fp32, fp16, bf16, fp64; any strides; any leading size may be 0).
         q: the weight [N, K]. It never gets a gradient.
-        bias [N] (any floating dtype): cast to that of x.
+        bias: [N] (any floating dtype), cast to that of x.
 
     Returns:
         [..., N] in the dtype of x.

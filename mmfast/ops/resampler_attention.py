@@ -32,10 +32,10 @@ def reference(
         out = softmax(scale · query [media_key; latent_key]ᵀ) [media_value; latent_value]
 
     Args:
-        query [B, H, Q, D] (fp32, fp16, bf16, fp64; any strides; any size but D may be 0).
-        media_key, media_value [B, H, N, D].
-        latent_key, latent_value [B, H, Q2, D]: further keys that every query sees; both or neither.
-        media_mask [B, N] (bool): True where the medium is real. One that is not (padding) counts nowhere, whatever it
+        query: [B, H, Q, D] (fp32, fp16, bf16, fp64; any strides; any size but D may be 0).
+        media_key, media_value: [B, H, N, D].
+        latent_key, latent_value: [B, H, Q2, D], further keys that every query sees; both or neither.
+        media_mask: [B, N] (bool), True where the medium is real. One that is not (padding) counts nowhere, whatever it
             holds, NaN included, and gets a zero gradient. Default: all are real.
         scale: default D^-0.5.
 
@@ -332,10 +332,10 @@ def resampler_attention(
     [B, length, H, D], as projections take them. Differentiable once, except on the reference.
 
     Args:
-        query [B, H, Q, D] (fp32, fp16, bf16; fp64 on the reference; last stride 1 for the kernels).
-        media_key, media_value [B, H, N, D].
-        latent_key, latent_value [B, H, Q2, D], or None.
-        media_mask [B, N] (bool): True where the medium is real. Default: all are.
+        query: [B, H, Q, D] (fp32, fp16, bf16; fp64 on the reference; last stride 1 for the kernels).
+        media_key, media_value: [B, H, N, D].
+        latent_key, latent_value: [B, H, Q2, D], or None.
+        media_mask: [B, N] (bool), True where the medium is real. Default: all are.
         scale: default D^-0.5.
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 

@@ -32,8 +32,8 @@ def reference(
         y = weight ⊙ (h / sqrt(mean(h²) + eps))     the mean over the last dimension
 
     Args:
-        x [..., H] (fp32, fp16, bf16, fp64; any strides).
-        weight [H] (fp32, fp16, bf16, fp64).
+        x: [..., H] (fp32, fp16, bf16, fp64; any strides).
+        weight: [H] (fp32, fp16, bf16, fp64).
         eps: added to the mean, at least 0.
         residual: in the shape and dtype of x, or None.
 
@@ -306,8 +306,8 @@ def rms_norm(
     Differentiable once, except on the reference.
 
     Args:
-        x [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
-        weight [H] (any of these dtypes), frozen or trained.
+        x: [..., H] (fp32, fp16, bf16; fp64 on the reference; any strides, any number of rows).
+        weight: [H] (any of these dtypes), frozen or trained.
         eps: added to the mean, at least 0.
         residual: added to x first; in the shape and dtype of x, or None.
         backend: "cpu", "triton" or "reference"; default: the fastest that can.

@@ -26,8 +26,8 @@ def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
         q' = q ⊙ cos + rotate_half(q) ⊙ sin        rotate_half((x₁, x₂)) = (-x₂, x₁) of the halves of the last dimension
 
     Args:
-        q [B, num_heads, L, D], k [B, num_key_value_heads, L, D] (one of fp32, fp16, bf16, fp64; any strides; D even).
-        cos, sin [B or 1, L, D] (one of these dtypes): for every element, both halves, which need not be equal.
+        q, k: [B, num_heads, L, D] and [B, num_key_value_heads, L, D] (fp32, fp16, bf16, fp64; any strides; D even).
+        cos, sin: [B or 1, L, D] (one of these dtypes), for every element, both halves, which need not be equal.
 
     Returns:
         q', k' in the shapes of q and k and the dtype to which PyTorch promotes theirs and that of cos.
@@ -200,8 +200,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     by the opposite angle. Differentiable once, except on the reference.
 
     Args:
-        q [B, num_heads, L, D], k [B, num_key_value_heads, L, D] (fp32, fp16, bf16; fp64 on the reference; D even).
-        cos, sin [B or 1, L, D] (any of these dtypes): all of D, as transformers passes them. Where they want a gradient
+        q, k: [B, num_heads, L, D] and [B, num_key_value_heads, L, D] (fp32, fp16, bf16; fp64 on the reference; D even).
+        cos, sin: [B or 1, L, D] (any of these dtypes), all D, as transformers passes them. Where they want a gradient
             the reference runs.
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 

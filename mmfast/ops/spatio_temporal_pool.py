@@ -26,9 +26,9 @@ def reference(features: Tensor, num_temporal_tokens: int | None = None, frame_ma
         out[:, T' + n] = Σ_t features[:, t, n] / (real frames)     over the real frames t; 0 if there is none
 
     Args:
-        features [B, T, N, D] (fp32, fp16, bf16, fp64; any strides; any size may be 0): N patches of T frames.
+        features: [B, T, N, D] (fp32, fp16, bf16, fp64; any strides; any size may be 0), N patches of T frames.
         num_temporal_tokens: T' ≥ T, rows of the temporal part; those beyond T are zero. Default T.
-        frame_mask [B, T] (bool): True where the frame is real. A frame that is not (padding) counts nowhere,
+        frame_mask: [B, T] (bool), True where the frame is real. A frame that is not (padding) counts nowhere,
             whatever it holds, NaN included, and gets a zero gradient. Default: every frame is real.
 
     Returns:
@@ -262,9 +262,9 @@ def spatio_temporal_pool(
     else; the gradient has the dtype of `features`. Differentiable once, except on the reference.
 
     Args:
-        features [B, T, N, D] (fp32, fp16, bf16; fp64 on the reference): N patches of T frames.
+        features: [B, T, N, D] (fp32, fp16, bf16; fp64 on the reference), N patches of T frames.
         num_temporal_tokens: rows of the temporal part, at least T; those beyond T are zero. Default T.
-        frame_mask [B, T] (bool): True where the frame is real. Default: every frame is.
+        frame_mask: [B, T] (bool), True where the frame is real. Default: every frame is.
         backend: "cuda", "cpu", "triton" or "reference"; default: the fastest that can.
 
     Returns:

@@ -23,7 +23,7 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
     """The definition: out = silu(gate) · up, silu(x) = x / (1 + e^-x).
 
     Args:
-        gate, up [..., F] (fp32, fp16, bf16, fp64; any strides): of one shape and dtype.
+        gate, up: [..., F] (fp32, fp16, bf16, fp64; any strides), of one shape and dtype.
 
     Returns:
         [..., F] in the dtype of gate and up, also under autocast.
@@ -184,7 +184,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     are needed are written. Differentiable once, except on the reference.
 
     Args:
-        gate, up [..., F] (fp32, fp16, bf16; fp64 on the reference; any strides): of one shape and dtype.
+        gate, up: [..., F] (fp32, fp16, bf16; fp64 on the reference; any strides), of one shape and dtype.
         backend: "cpu", "triton" or "reference"; default: the fastest that can.
 
     Returns:

@@ -46,14 +46,14 @@ def reference(
     prompts hold (NaN included), and the gate still has its gradient.
 
     Args:
-        query [B, H, L, D] (fp32, fp16, bf16, fp64; any strides).
-        key, value [B, Hkv, S, D]: of the words; H a multiple of Hkv (grouped queries).
-        prompt_key, prompt_value [Hkv, P, D], shared by the batch, or [B, Hkv, P, D], one set for each sample.
+        query: [B, H, L, D] (fp32, fp16, bf16, fp64; any strides).
+        key, value: [B, Hkv, S, D], of the words; H a multiple of Hkv (grouped queries).
+        prompt_key, prompt_value: [Hkv, P, D], shared by the batch, or [B, Hkv, P, D], one set for each sample.
         gate: one number ([] or [1]) or one for each head ([H], or [1, H, 1, 1] as in checkpoints); any floating dtype.
         attn_mask, is_causal: as in `F.scaled_dot_product_attention`.
         scale: of both products, default 1 / sqrt(D).
         gate_activation: act, "tanh" (the training code) or "identity" (the paper, the inference code, PEFT, LitGPT).
-        words [B, H, L, D]: the words' part, where it has been computed by other means.
+        words: [B, H, L, D], the words' part, where it has been computed by other means.
 
     Returns:
         [B, H, L, D] in the dtype of `query` (autocast's under autocast).
@@ -443,14 +443,14 @@ def zero_init_attention(
     Differentiable once.
 
     Args:
-        query [B, H, L, D] (fp32, fp16, bf16; fp64 on the reference): any strides; views of [B, L, H, D] are best.
-        key, value [B, Hkv, S, D]: of the words; H a multiple of Hkv.
-        prompt_key, prompt_value [Hkv, P, D] or [B, Hkv, P, D]: kernels take up to 32 prompts and D up to 256.
+        query: [B, H, L, D] (fp32, fp16, bf16; fp64 on the reference), any strides; views of [B, L, H, D] are best.
+        key, value: [B, Hkv, S, D], of the words; H a multiple of Hkv.
+        prompt_key, prompt_value: [Hkv, P, D] or [B, Hkv, P, D], kernels take up to 32 prompts and D up to 256.
         gate (any floating dtype): one number, [] or [1], or one for each head, [H] or [1, H, 1, 1].
         attn_mask, is_causal: as in `F.scaled_dot_product_attention`, for the words alone.
         scale: of both products, default 1 / sqrt(D).
         gate_activation: "tanh" or "identity".
-        words [B, H, L, D]: the words' part, if another attention has computed it (FlashAttention, a paged cache); of
+        words: [B, H, L, D], the words' part, if another attention has computed it (FlashAttention, a paged cache); of
             key and value only the shapes count then, and attn_mask and is_causal do not.
         backend: of the prompts' part: "cpu", "triton" or "reference"; default: the fastest that can.
 

@@ -24,8 +24,10 @@ def optimize(model: nn.Module, ops: Iterable[str] | None = None) -> OptimizeRepo
     | "rms_norm" | RMSNorm of the Llama family, with the addition before it in a decoder layer |
     | "swiglu" | the gated MLP with SiLU |
     | "rope" | the rotary embedding of queries and keys in an attention |
-    | "loss" | the loss of a causal (or LLaVA) model on `labels`: logits are None unless `output_logits=True`, and the
-    last decoder layer computes its output projection and MLP at labelled positions alone |
+    | "loss" | the loss on `labels` of a causal model or LLaVA, and the last decoder layer's positions without a label |
+
+    With "loss", logits are None unless `output_logits=True`; the last decoder layer computes its output projection and
+    MLP at labelled positions alone.
 
     Each replaced module becomes an instance of a subclass of its class that has the same name: no class, function or
     module of another package is changed, nor another model. A layer is known by the source of its class's forward; one

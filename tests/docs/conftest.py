@@ -1,0 +1,102 @@
+"""A folder with all that the documents' commands name: models, data sets, pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmfast.data.samples import content_parts
+from mmfast.models import Llava
+from mmfast.models.convert import to_original
+from mmfast.train import load_recipe, train
+from mmfast.world import samples, weights
+
+# Names in the documents of a language model and of an encoder; the embedded world's stand for all.
+LANGUAGE_MODELS = ["path/to/vicuna-7b", "path/to/llama-7b", "path/to/llava-lightning-7b"]
+ENCODERS = ["path/to/clip-vit-l-14-336", "path/to/clip-vit-l-14"]
+# Data sets in the documents, and the samples of the world that stand for them.
+DATA = {
+    "my.json": "questions-train",
+    "instructions.json": "questions-train",
+    "captions.json": "captions-train",
+    "held-out.json": "questions-test",
+}
+PICTURES = ["cat.jpg", "dog.jpg"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder from which every page starts: models, data sets, pictures."""
+    folder = tmp_path_factory.mktemp("documents") / "world"
+    (folder / "images").mkdir(parents=True)
+    for name, kind in [(name, "llm") for name in LANGUAGE_MODELS] + [(name, "encoder") for name in ENCODERS]:
+        shutil.copytree(weights(kind), folder / name)
+    for name, split in DATA.items():
+        records = [_record(sample, folder / "images") for sample in samples(split)[:6]]
+        (folder / name).write_text(json.dumps(records))
+    picture = next((folder / "images").iterdir())
+    for name in PICTURES:  # what a file is, its content tells
+        shutil.copy(picture, folder / name)
+    (folder / "images" / "images").symlink_to(".")  # paths hold with --media_folder images and without
+    to_original(Llava.from_parts("world", "world"), folder / "mm_projector.bin")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The finished run of `<recipe>`, or of one stage `<recipe>/<stage>`, of one step a stage; each is made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            recipe, _, only = name.partition("/")
+            config = load_recipe(recipe)
+            stages = [
+                replace(stage, batch_size=4, micro_batch_size=None, max_steps=1)
+                for stage in config.stages
+                if only in ("", stage.name)
+            ]
+            out = tmp_path_factory.mktemp("run") / "run"
+            train(replace(config, out=str(out), stages=stages))
+            made[name] = out
+        return made[name]
+
+    return make
+
+
+def _record(sample: Any, images: Path) -> dict[str, Any]:
+    """A sample whose pictures are files."""
+    messages = []
+    for message in sample["messages"]:
+        parts: list[dict[str, Any]] = [dict(part) for part in content_parts(message)]
+        for part in parts:
+            if part["type"] == "image":
+                name = f"{sample['id'].replace('/', '-').replace(':', '-')}.png"
+                part["image"].save(images / name)
+                part["image"] = f"images/{name}"
+        messages.append({"role": message["role"], "content": parts})
+    return {"id": sample["id"], "messages": messages}
+
+
+@pytest.fixture
+def scratch(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, which is the current one."""
+    folder = tmp_path / "scratch"
+    shutil.copytree(world, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
