@@ -37,6 +37,10 @@ COMMANDS = {
         "write a model's folder in 4 or 8 bits, tensor by tensor", "mmfast.adapt.quantized_checkpoint:quantize_command"
     ),
     "export": Command("write a run in another library's layout", "mmfast.models.export:export"),
+    "bench crossover": Command(
+        "measure from which size each op's kernels are faster, and write the table that ops read",
+        "mmfast.benchmarks.crossover:crossover",
+    ),
     "env": Command("what is installed here, and which backends can run", "mmfast.environment:show"),
 }
 
@@ -55,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"mmfast {__version__}")
         return 0
-    # The name of a command in a group has two words.
-    is_group = any(name.startswith(f"{words[0]} ") for name in COMMANDS)
+    # The name of a command in a group has two words; a group may also be a command itself.
+    is_group = words[0] not in COMMANDS and any(name.startswith(f"{words[0]} ") for name in COMMANDS)
     if is_group and (len(words) == 1 or words[1] in ("-h", "--help")):
         print(_overview(words[0]))
         return 0
-    size = 2 if is_group else 1
+    size = 2 if is_group or " ".join(words[:2]) in COMMANDS else 1
     name, rest = " ".join(words[:size]), words[size:]
     if name not in COMMANDS:
         print(f"mmfast: there is no command {name!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -97,8 +101,16 @@ def _run(name: str, words: list[str]) -> int:
     if name == "train":
         _train(target, words)
     else:
-        target(**_parse(name, target, words))
+        values = _parse(name, target, words)
+        any_number = values.pop(_any_number(target), ())
+        target(*any_number, **values)
     return 0
+
+
+def _any_number(target: Callable[..., Any]) -> str:
+    """The name of `target`'s parameter that takes any number of words, "" if it has none."""
+    parameters = inspect.signature(target).parameters.values()
+    return next((entry.name for entry in parameters if entry.kind is entry.VAR_POSITIONAL), "")
 
 
 def _with_underscores(word: str) -> str:
@@ -130,6 +142,8 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     # The base models are options in every command, also where they are required.
     bases = [entry for entry in parameters if entry.name in ("llm", "encoder")]
     parser.add_function_arguments(target, as_positional=True, skip={*flags, *(entry.name for entry in bases)})
+    if any_number := _any_number(target):
+        parser.add_argument(any_number, type=str, nargs="*", default=[], help=described.get(any_number))
     for entry in bases:
         required = entry.default is entry.empty
         default = None if required else entry.default

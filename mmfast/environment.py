@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmfast import __version__
-from mmfast.ops import backends, extension
+from mmfast.ops import backends, crossovers, extension
 
 PACKAGES = (
     "numpy",
@@ -40,6 +40,8 @@ def show(as_json: bool = False) -> None:
     print(f"\n{'extension':<14}{found['extension']}")
     for device, names in found["devices"].items():
         print(f"{device:<14}{names}")
+    for device, source in found["crossovers"].items():
+        print(f"crossovers on {device}: {source}")
     for device, entries in found["ops"].items():
         print(f"\nops on {device}:")
         for name, choices in entries.items():
@@ -67,6 +69,7 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "extension": _extension(),
         "devices": devices,
+        "crossovers": {device: _crossovers(torch.device(device)) for device in devices},
         "ops": {device: _backends(backends.machine(torch.device(device))) for device in devices},
     }
 
@@ -77,6 +80,11 @@ def _extension() -> str:
         return missing
     architectures = extension.module().cuda_architectures
     return f"C++ kernels; CUDA kernels for {architectures}" if architectures else "C++ kernels; no CUDA kernels"
+
+
+def _crossovers(device: torch.device) -> str:
+    """Where the table comes from that says from which size kernels run."""
+    return crossovers.in_force(crossovers.device_name(device)).source
 
 
 def _backends(machine: backends.Machine) -> dict[str, dict[str, str | None]]:

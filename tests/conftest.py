@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Before anything imports the ops: which call is small must not depend on the machine.
+os.environ["MMFAST_CROSSOVERS"] = str(Path(__file__).parents[1] / "mmfast" / "ops" / "crossover_tables" / "cpu.json")
 
 import pytest
 import torch

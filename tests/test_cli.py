@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import yaml
 import mmfast.generate
 import mmfast.train
 from mmfast import __version__
-from mmfast.cli import COMMANDS, main
+from mmfast.cli import COMMANDS, Command, main
+from mmfast.ops import crossovers
 from mmfast.train import TrainConfig, load_recipe
 
 
@@ -129,3 +133,26 @@ def test_env_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) -
     pool = found["ops"]["cpu"]["spatio_temporal_pool"]
     assert pool["reference"] is None
     assert pool["cuda"] == "the tensors are on cpu"
+
+
+def test_env_says_which_crossovers_are_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    assert f"crossovers on cpu: {crossovers.CPU.source}\n" in capsys.readouterr().out
+
+
+def test_a_group_may_be_a_command_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(COMMANDS, "data", Command("", "mmfast.environment:show"))
+    assert main(["data", "--as-json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["mmfast"] == __version__
+    assert main(["data", "check", "missing.json"]) == 1
+    assert "mmfast data check: " in capsys.readouterr().err
+
+
+def test_a_bad_table_of_crossovers_is_one_line(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    table.write_text("{")
+    env = {**os.environ, "MMFAST_CROSSOVERS": str(table)}
+    run = subprocess.run([sys.executable, "-m", "mmfast", "env"], env=env, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"mmfast env: crossovers: {table}: it cannot be read as JSON")
+    assert "Traceback" not in run.stderr

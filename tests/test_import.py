@@ -102,6 +102,8 @@ def test_wheel_members(wheel: Path) -> None:
         "mmfast/py.typed",
         "mmfast/kernels/spatio_temporal_pool.py",
         "mmfast/benchmarks/harness.py",
+        "mmfast/benchmarks/crossover.py",
+        "mmfast/ops/crossover_tables/cpu.json",
         "mmfast/recipes/llava-world.yaml",
     }
     wanted |= {f"mmfast/world/weights/{part}/model.safetensors" for part in ("encoder", "llm")}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfast.ops import extension
+from mmfast.ops import crossovers, extension
 
 NAMES = ("cuda", "cpu", "triton", "reference")
 
@@ -41,6 +41,7 @@ class Machine(NamedTuple):
         no_cuda_extension: why it cannot serve CUDA kernels; None if it can.
         no_triton: why Triton cannot be used; None if it can.
         triton_interpreted: Triton kernels run in its interpreter (TRITON_INTERPRET=1), on the CPU.
+        gpu: the GPU as tables of crossovers name it; None off the GPU, or where nothing is measured.
     """
 
     device: str
@@ -49,6 +50,7 @@ class Machine(NamedTuple):
     no_cuda_extension: str | None = None
     no_triton: str | None = None
     triton_interpreted: bool = False
+    gpu: str | None = None
 
     def lacks(self, backend: str) -> str | None:
         """Why no op at all can run on `backend` here; None if some can."""
@@ -81,6 +83,7 @@ def machine(device: torch.device) -> Machine:
             no_cuda_extension=extension.missing("cuda"),
             no_triton=_triton_missing(),
             triton_interpreted=_interpreting(),
+            gpu=crossovers.device_name(device) if device.type == "cuda" else None,
         )
     return found
 
@@ -98,6 +101,20 @@ def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install mmfast[triton]"
     return None
+
+
+class Size(NamedTuple):
+    """How large a call is, to be held against what `mmfast.ops.crossovers` knows of the op.
+
+    Attributes:
+        key: the kind of call, as tables name it.
+        size: the call's; below that of the table the reference runs.
+        what: the size in words, with {} for the number: "x has {} elements".
+    """
+
+    key: str
+    size: int
+    what: str
 
 
 @dataclass(frozen=True)
@@ -128,12 +145,33 @@ class Op:
     """An op's name, its argument check and its backends in order of preference.
 
     `check(*args, **kwargs)` takes the public function's arguments without `backend`, raises on a bad
-    one and returns the call: what `Backend.cannot` and `Backend.avoids` look at.
+    one and returns the call: what `Backend.cannot` and `Backend.avoids` look at. `sizes` gives what of a call, on a
+    machine, is held against the measured crossovers, which are those of `measured_as`, by default the op's own.
     """
 
-    def __init__(self, name: str, check: Callable[..., Any], backends: tuple[Backend, ...]) -> None:
-        self.name, self.check, self.backends = name, check, backends
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., Any],
+        backends: tuple[Backend, ...],
+        sizes: Callable[[Any, Machine], tuple[Size, ...]] = lambda call, machine: (),
+        measured_as: str | None = None,
+    ) -> None:
+        self.name, self.check, self.backends, self.sizes = name, check, backends, sizes
+        self.measured_as = measured_as or name
         OPS[name] = self
+
+    def _refusal(self, candidate: Backend, call: Any, machine: Machine) -> str | None:
+        """Why `candidate` does not run a call for which no backend was asked for."""
+        reason = candidate.refusal(call, machine, by_name=False)
+        if reason or candidate.name == "reference":
+            return reason
+        for key, size, what in self.sizes(call, machine):
+            least = crossovers.least(machine.gpu, self.measured_as, candidate.name, key)
+            if size < least:
+                limit = "at every size" if least == crossovers.NEVER else f"below {least}"
+                return f"{what.format(size)}; {limit} the reference is faster"
+        return None
 
     def select(self, call: Any, machine: Machine, backend: str | None = None) -> str:
         """The name of the backend that runs `call`.
@@ -146,7 +184,7 @@ class Op:
         request = backend or _requested or _DEFAULT
         for candidate in self.backends:
             if request is None:
-                if candidate.refusal(call, machine, by_name=False) is None:
+                if self._refusal(candidate, call, machine) is None:
                     return candidate.name
             elif candidate.name == request:
                 reason = candidate.refusal(call, machine, by_name=True)
@@ -164,7 +202,7 @@ class Op:
         lines = [f"{self.name} runs on: {chosen}"]
         for candidate in self.backends:
             if candidate.name != chosen:
-                reason = candidate.refusal(call, machine, by_name=False) or f"{chosen} comes first"
+                reason = self._refusal(candidate, call, machine) or f"{chosen} comes first"
                 lines.append(f"  {candidate.name}: {reason}")
         return "\n".join(lines)
 

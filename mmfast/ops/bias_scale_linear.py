@@ -11,19 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension, products, weights
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension, products, weights
+from mmfast.ops.backends import Backend, Machine, Op, Size
 from mmfast.ops.weights import Weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SCALE_ON = ("output", "input", "none")
 
-# What the passes must save before they are worth the steps on the host, in elements of the matrix that is scaled or
-# biased. Found in fp32 on two cores of a Zen 3, K = 64 and N = 1024 or the reverse: at half as many the op ran at 0.8
-# to 0.95 times the reference's speed, at twice as many at 1.0 to 1.2 times, with one thread and with two.
-CPU_CROSSOVER = {"output": 2**19, "input": 2**20, "none": 2**19}
-# Rows · K · N from which a 16-bit product is worth the same where the op makes it in fp32, 5 to 50 times as fast.
-CPU_PRODUCT_CROSSOVER = 2**20
+# What the passes must save on a CPU before they are worth the steps on the host: elements of the matrix that is scaled
+# or biased, by `scale_on`; rows · K · N where the op makes a 16-bit product in fp32, which is much faster.
+LEAST = crossovers.CPU.cpu("bias_scale_linear")
 
 
 def reference(x: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, scale_on: str = "output") -> Tensor:
@@ -137,25 +134,29 @@ def _nothing_to_gain(call: Call, machine: Machine) -> str | None:
 
 
 def _cpu_avoids(call: Call, machine: Machine) -> str | None:
+    return None if _gains_a_product(call) else _nothing_to_gain(call, machine)
+
+
+def _gains_a_product(call: Call) -> bool:
+    """Whether PyTorch's product on the CPU is so slow that the op makes it in fp32."""
+    return products.is_slow(call.x.dtype, call.x.shape[:-1].numel(), grad=call.differentiated)
+
+
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     if not isinstance(call.weight, Tensor):
-        return None
+        return ()
     rows, (columns, features) = call.x.shape[:-1].numel(), call.weight.shape
-    if products.is_slow(call.x.dtype, rows, grad=call.differentiated):
-        size = rows * columns * features
-        if size < CPU_PRODUCT_CROSSOVER:
-            return f"rows · K · N is {size}; below {CPU_PRODUCT_CROSSOVER} the reference is faster"
-        return None
-    size, least = rows * (features if call.scale_on == "input" else columns), CPU_CROSSOVER[call.scale_on]
-    if size < least:
-        matrix = "rows · K" if call.scale_on == "input" else "rows · N"
-        return f"{matrix} is {size}; below {least} the reference is faster"
-    return _nothing_to_gain(call, machine)
+    if machine.device == "cpu" and _gains_a_product(call):
+        return (Size("16-bit product", rows * columns * features, "rows · K · N is {}"),)
+    if call.scale_on == "input":
+        return (Size("input", rows * features, "rows · K is {}"),)
+    return (Size(call.scale_on, rows * columns, "rows · N is {}"),)
 
 
 def _is_small(
     x: Tensor, weight: Any, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
 ) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     if not backends.plain((x, weight, bias, scale), backend) or x.dim() == 0 or weight.dim() != 2:
         return False
     columns, features = weight.shape
@@ -169,13 +170,14 @@ def _is_small(
     if scale is None or scale_on == "none":
         return scale is None and scale_on == "none" and (bias is None or bias.dtype == x.dtype)
     size, scaled = (x.numel(), features) if scale_on == "input" else (rows * columns, columns)
-    return size < CPU_CROSSOVER.get(scale_on, 0) and scale.shape == (scaled,)
+    return scale_on in SCALE_ON and size < LEAST[scale_on] and scale.shape == (scaled,)
 
 
 OP = Op(
     "bias_scale_linear",
     check,
     (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64, _nothing_to_gain), Backend("reference")),
+    _sizes,
 )
 
 

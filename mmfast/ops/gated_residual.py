@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension, products
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension, products
+from mmfast.ops.backends import Backend, Machine, Op, Size
 from mmfast.ops.bias_scale_linear import STEPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements of x from which the kernel was faster than the reference, with gradients and without (Intel Xeon with
-# AVX-512, two threads, 2026-11-25). 16-bit operands cost the reference copies in fp32.
-CPU_CROSSOVER = {torch.float32: 2**20, torch.float16: 2**17, torch.bfloat16: 2**17}
+# Elements of x from which the kernel is faster on a CPU, with gradients and without. 16-bit operands cost the reference
+# copies in fp32.
+LEAST = crossovers.CPU.cpu("gated_residual")
+KEYS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -84,17 +85,17 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
     return "there is no float64 kernel" if call.x.dtype == torch.float64 else None
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    size, least = call.x.numel(), CPU_CROSSOVER[call.x.dtype]
-    return f"x has {size} elements; below {least} the reference is faster" if size < least else None
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    return (Size(KEYS[call.x.dtype], call.x.numel(), "x has {} elements"),)
 
 
 def _is_small(x: Tensor, y: Tensor, gate: Tensor, backend: str | None) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     # Broadcasting and promotion are left to the check: PyTorch's ops would let them pass.
     return (
         backends.plain((x, y, gate), backend)
-        and x.numel() < CPU_CROSSOVER.get(x.dtype, 0)
+        and x.dtype in KEYS
+        and x.numel() < LEAST[KEYS[x.dtype]]
         and x.dim() > 0
         and x.shape == y.shape
         and x.dtype == y.dtype
@@ -105,7 +106,8 @@ def _is_small(x: Tensor, y: Tensor, gate: Tensor, backend: str | None) -> bool:
 OP = Op(
     "gated_residual",
     check,
-    (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64), Backend("reference")),
+    (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference")),
+    _sizes,
 )
 
 

@@ -11,21 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, low_rank, products, weights
+from mmfast.ops import backends, crossovers, low_rank, products, weights
 from mmfast.ops import dropout as dropouts
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops.backends import Backend, Machine, Op, Size
 from mmfast.ops.dropout import Dropout
 from mmfast.ops.weights import Weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# What the passes over y must save before they are worth the steps on the host: rows, and rows · N without a gradient
-# and with one. Found in fp32 on two cores of a Zen 3, N and K from 128 to 2048: at these sizes the op ran at 1.0 to
-# 1.05 times eager's speed, at half as many rows at 0.9 to 0.98 times, at twice as many at 1.1 to 1.3 times.
-CPU_ROWS = 512
-CPU_CROSSOVER = {False: 2**19, True: 2**18}
-# Rows · K · N from which a 16-bit product is worth the same where the op makes it in fp32, 5 to 100 times as fast.
-CPU_PRODUCT_CROSSOVER = 2**20
+# What the passes over y must save on a CPU before they are worth the steps on the host: rows, and rows · N without a
+# gradient and with one; rows · K · N where the op makes a 16-bit product in fp32, which is much faster.
+LEAST = crossovers.CPU.cpu("lora_linear")
 
 # One of several stacked adapters, or the only one.
 Factors = Tensor | Sequence[Tensor]
@@ -193,28 +189,25 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
     return "there is no float64 kernel" if call.x.dtype == torch.float64 else None
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     if not all(isinstance(weight, Tensor) for weight in call.weights):
-        return None
+        return ()
     rows, columns = call.x.shape[:-1].numel(), sum(weight.shape[0] for weight in call.weights)
-    if products.is_slow(call.x.dtype, rows, grad=call.differentiated):
-        size, least, what = call.x.numel() * columns, CPU_PRODUCT_CROSSOVER, "rows · K · N"
-    elif rows < CPU_ROWS:
-        size, least, what = rows, CPU_ROWS, "the number of rows"
-    else:
-        size, least, what = rows * columns, CPU_CROSSOVER[call.differentiated], "rows · N"
-    return f"{what} is {size}; below {least} the reference is as fast" if size < least else None
+    if machine.device == "cpu" and products.is_slow(call.x.dtype, rows, grad=call.differentiated):
+        return (Size("16-bit product", call.x.numel() * columns, "rows · K · N is {}"),)
+    key = "backward" if call.differentiated else "forward"
+    return Size("rows", rows, "the number of rows is {}"), Size(key, rows * columns, "rows · N is {}")
 
 
 def _is_small(
     x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Scaling, bias: Tensor | None, backend: str | None
 ) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     if not backends.plain((x, weight, lora_a, lora_b, bias), backend) or x.dim() == 0 or not isinstance(scaling, float):
         return False
     rows = x.numel() // max(x.shape[-1], 1)
     return (
-        rows < CPU_ROWS
+        rows < LEAST["rows"]
         and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())
         # What broadcasting and casts would let pass.
         and weight.dtype == x.dtype
@@ -224,9 +217,9 @@ def _is_small(
     )
 
 
-BACKENDS = (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64), Backend("reference"))
-OP = Op("lora_linear", check, BACKENDS)
-GROUP = Op("lora_linear_group", check_group, BACKENDS)
+BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))
+OP = Op("lora_linear", check, BACKENDS, _sizes)
+GROUP = Op("lora_linear_group", check_group, BACKENDS, _sizes, measured_as="lora_linear")
 
 
 def _fwd(

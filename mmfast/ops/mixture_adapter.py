@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmfast.ops import backends, merged_experts, products
+from mmfast.ops import backends, crossovers, merged_experts, products
 from mmfast.ops import dropout as dropouts
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops.backends import Backend, Machine, Op, Size
 from mmfast.ops.dropout import Dropout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,10 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 
-# Elements of x below which the reference is as fast, by the bytes of one, without a gradient and with one. Found on two
-# cores of an Intel Xeon, 8 ranks, 1 to 2048 tokens of 1024 and 4096 channels: at half as many the op ran at 0.8 to 1.0
-# times the speed of the best form in eager PyTorch, at twice as many at 1.1 to 1.3 times.
-CPU_CROSSOVER = {4: {False: 2**18, True: 2**19}, 2: {False: 2**16, True: 2**17}}
+# Elements of x from which the kernels are faster on a CPU, by the width of one, without a gradient and with one.
+LEAST = crossovers.CPU.cpu("mixture_adapter")
 # Tokens of a sample below which merging its experts costs more than it saves.
 CPU_TOKENS = 4
 # Ranks of all projections above which PyTorch's products are as fast: with 8 the op is 1.1 to 1.9 times as fast, with
@@ -248,12 +246,21 @@ def _cpu_avoids(call: Call, machine: Machine) -> str | None:
     most = CPU_DROPOUT_RANKS if call.dropout else CPU_RANKS
     if call.ranks > most:
         return f"there are {call.ranks} ranks; above {most} the reference is as fast"
-    if call.dropout:
-        return None
-    if call.tokens < CPU_TOKENS:
+    if not call.dropout and call.tokens < CPU_TOKENS:
         return f"each sample has {call.tokens} tokens; below {CPU_TOKENS} the reference is as fast"
-    size, least = call.x.numel(), CPU_CROSSOVER[min(call.x.element_size(), 4)][call.differentiated]
-    return f"x has {size} elements; below {least} the reference is as fast" if size < least else None
+    return None
+
+
+def _key(x: Tensor, differentiated: bool) -> str:
+    if x.element_size() > 2:
+        return "32-bit backward" if differentiated else "32-bit forward"
+    return "16-bit backward" if differentiated else "16-bit forward"
+
+
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    if call.dropout:  # the reference makes its mask in PyTorch, slowly at any size
+        return ()
+    return (Size(_key(call.x, call.differentiated), call.x.numel(), "x has {} elements"),)
 
 
 def _product_dtype(call: Call) -> torch.dtype | None:
@@ -279,12 +286,12 @@ def _is_small(
     activation: str,
     backend: str | None,
 ) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     if not backends.plain((x, down_weight, down_bias, up_weight, up_bias, router), backend) or up_weight.dim() != 3:
         return False
     experts = up_weight.shape[0]
     return (
-        x.numel() < CPU_CROSSOVER[min(x.element_size(), 4)][torch.is_grad_enabled()]
+        x.numel() < LEAST[_key(x, torch.is_grad_enabled())]
         and x.dim() > 1
         and activation in ACTIVATIONS
         # What broadcasting would let pass.
@@ -300,6 +307,7 @@ OP = Op(
     "mixture_adapter",
     check,
     (Backend("cpu", _kernels_cannot, _cpu_avoids), Backend("triton", _triton_cannot), Backend("reference")),
+    _sizes,
 )
 
 

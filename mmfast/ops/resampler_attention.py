@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension, products
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension, products
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Of a head: what the kernels were written for.
 MOST_DIM = {"cpu": 256, "triton": 128}
+# Products of scores from which the C++ kernels are faster than the reference.
+LEAST = crossovers.CPU.cpu("resampler_attention")
 
 
 def reference(
@@ -182,29 +184,29 @@ def _work(query: Tensor, media_key: Tensor, latent_key: Tensor | None) -> int:
     return query.numel() * (media_key.size(2) + (0 if latent_key is None else latent_key.size(2)))
 
 
-def _least_work(dtype: torch.dtype, differentiated: bool) -> int:
-    """The work from which the C++ kernels are faster than the reference (two cores of an Intel Xeon with AMX)."""
+def _key(dtype: torch.dtype, differentiated: bool, device: str) -> str:
     if dtype == torch.float32:
-        return 2**23
+        return "float32"
     # PyTorch's 16-bit attention has matrix instructions where the CPU has them, but makes little of them backward.
-    return 2**29 if not differentiated and products.multiplies_16_bit(dtype, "cpu") else 2**20
+    matrix = not differentiated and products.multiplies_16_bit(dtype, device)
+    return "16-bit matrix forward" if matrix else "16-bit"
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    work, least = _work(call.query, call.media_key, call.latent_key), _least_work(call.query.dtype, call.differentiated)
-    if work < least:
-        return f"B · H · Q · (N + Q2) · D is {work}; below {least} the reference is faster"
-    return None
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    key = _key(call.query.dtype, call.differentiated, machine.device)
+    work = _work(call.query, call.media_key, call.latent_key)
+    return (Size(key, work, "B · H · Q · (N + Q2) · D is {}"),)
 
 
 OP = Op(
     "resampler_attention",
     check,
     (
-        Backend("cpu", partial(_cannot, backend="cpu"), _cpu_avoids),
+        Backend("cpu", partial(_cannot, backend="cpu")),
         Backend("triton", partial(_cannot, backend="triton")),
         Backend("reference"),
     ),
+    _sizes,
 )
 
 
@@ -371,7 +373,7 @@ def _is_small(
     media_mask: Tensor | None,
     backend: str | None,
 ) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     tensors = query, media_key, media_value, latent_key, latent_value
     if not backends.plain(tensors, backend) or query.dim() != 4:
         return False
@@ -386,4 +388,4 @@ def _is_small(
     ):
         return False
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _work(query, media_key, latent_key) < _least_work(query.dtype, differentiated)
+    return _work(query, media_key, latent_key) < LEAST[_key(query.dtype, differentiated, "cpu")]

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # The Triton kernels hold a row in registers, of which backward needs five for each element.
 TRITON_WIDTH = 8192
-# Elements of a sum below which, in fp16 and without a gradient, the reference is faster: PyTorch converts fp16 by
-# instructions that the kernel cannot assume. (Two cores of a Xeon with AVX-512: 64 rows of 4096 ran at 0.75 times the
-# reference's speed, 512 at 1.2 times.) All else is as fast at every size.
-CPU_CROSSOVER = 2**21
+# Elements of a sum from which, in fp16 and without a gradient, the kernel is faster on a CPU: PyTorch converts fp16 by
+# instructions that the kernel cannot assume. All else is as fast at every size.
+KEY = "float16 residual forward"
+LEAST = crossovers.CPU.cpu("rms_norm")
 
 
 def reference(
@@ -107,24 +107,23 @@ def _triton_cannot(call: Call, machine: Machine) -> str | None:
     return _no_float64(call, machine)
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    if call.x.dtype == torch.float16 and call.residual is not None and not call.differentiated:
-        size = call.x.numel()
-        if size < CPU_CROSSOVER:
-            return f"x has {size} elements; in fp16 with a residual, below {CPU_CROSSOVER} the reference is faster"
-    return None
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    if call.x.dtype != torch.float16 or call.residual is None or call.differentiated:
+        return ()
+    return (Size(KEY, call.x.numel(), "x, in fp16 and with a residual, has {} elements"),)
 
 
 OP = Op(
     "rms_norm",
     check,
-    (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _triton_cannot), Backend("reference")),
+    (Backend("cpu", _no_float64), Backend("triton", _triton_cannot), Backend("reference")),
+    _sizes,
 )
 
 
 def _is_small(x: Tensor, weight: Tensor, residual: Tensor | None, backend: str | None) -> bool:
-    """Whether `_cpu_avoids` would say so of a call without mistakes."""
-    if residual is None or x.dtype != torch.float16 or x.numel() >= CPU_CROSSOVER:
+    """Whether `OP.select` would take the reference for a call without mistakes."""
+    if residual is None or x.dtype != torch.float16 or x.numel() >= LEAST[KEY]:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or residual.requires_grad):
         return False

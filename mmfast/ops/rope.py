@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements of q and k below which, in fp16, the reference is faster, without a gradient and with one: PyTorch converts
-# fp16 by instructions that the kernel cannot assume (0.75 to 1.0 times the reference's speed, two cores of a Xeon with
-# AVX-512). All else is faster at every size, one token included.
-CPU_CROSSOVER = {False: 2**22, True: 2**16}
+# Elements of q and k from which, in fp16, the kernel is faster on a CPU, without a gradient and with one: PyTorch
+# converts fp16 by instructions that the kernel cannot assume. All else is faster at every size, one token included.
+LEAST = crossovers.CPU.cpu("rope")
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,19 +99,21 @@ def _cannot(call: Call, machine: Machine) -> str | None:
     return None
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    if call.q.dtype == call.cos.dtype == torch.float16:
-        size, least = call.q.numel() + call.k.numel(), CPU_CROSSOVER[call.differentiated]
-        if size < least:
-            return f"q and k have {size} elements of fp16; below {least} the reference is faster"
-    return None
+def _key(differentiated: bool) -> str:
+    return "float16 backward" if differentiated else "float16 forward"
+
+
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    if not call.q.dtype == call.cos.dtype == torch.float16:
+        return ()
+    return (Size(_key(call.differentiated), call.q.numel() + call.k.numel(), "q and k have {} elements of fp16"),)
 
 
 def _is_small(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | None) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     if not q.dtype == k.dtype == cos.dtype == sin.dtype == torch.float16:
         return False
-    if q.numel() + k.numel() >= CPU_CROSSOVER[torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)]:
+    if q.numel() + k.numel() >= LEAST[_key(torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))]:
         return False
     # Shapes that broadcasting could let pass are left to the check.
     shape = cos.shape[1:]
@@ -120,7 +121,7 @@ def _is_small(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str | Non
     return alike and q.shape[2:] == k.shape[2:] == shape and backends.plain((q, k, cos, sin), backend)
 
 
-OP = Op("rope", check, (Backend("cpu", _cannot, _cpu_avoids), Backend("triton", _cannot), Backend("reference")))
+OP = Op("rope", check, (Backend("cpu", _cannot), Backend("triton", _cannot), Backend("reference")), _sizes)
 
 
 def _cpu(tensors: list[Tensor], cos: Tensor, sin: Tensor, results: list[Tensor], adjoint: bool) -> None:

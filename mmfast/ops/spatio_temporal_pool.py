@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, extension
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# Elements of fp32 features below which forward and backward together are no faster than the reference (measured on two
-# cores of a Zen 4). Forward alone and 16-bit features are faster at every size.
-CPU_CROSSOVER = 131072
 
 
 def reference(features: Tensor, num_temporal_tokens: int | None = None, frame_mask: Tensor | None = None) -> Tensor:
@@ -106,11 +102,11 @@ def _cpu_cannot(call: Call, machine: Machine) -> str | None:
     return _no_float64(call, machine)
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    features = call.features
-    if features.requires_grad and features.dtype == torch.float32 and features.numel() < CPU_CROSSOVER:
-        return f"with a gradient, the reference is faster below {CPU_CROSSOVER} float32 elements"
-    return None
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    # On a CPU forward alone and 16-bit features are faster at every size.
+    if not call.features.requires_grad or call.features.dtype != torch.float32:
+        return ()
+    return (Size("float32 backward", call.features.numel(), "features, of which a gradient is wanted, has {} numbers"),)
 
 
 def _cuda_cannot(call: Call, machine: Machine) -> str | None:
@@ -125,10 +121,11 @@ OP = Op(
     check,
     (
         Backend("cuda", _cuda_cannot, avoids=lambda call, machine: "it is not measured against Triton yet"),
-        Backend("cpu", _cpu_cannot, _cpu_avoids),
+        Backend("cpu", _cpu_cannot),
         Backend("triton", _no_float64),
         Backend("reference"),
     ),
+    _sizes,
 )
 
 

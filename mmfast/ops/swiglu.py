@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension, products
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension, products
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements from which the kernel was at least as fast as the reference, without and with a gradient (Intel Xeon with
-# AVX-512, two threads, 2026-11-25).
-CPU_CROSSOVER = {False: 2**17, True: 2**18}
+# Elements from which the kernel is faster on a CPU, without and with a gradient.
+LEAST = crossovers.CPU.cpu("swiglu")
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -73,26 +72,27 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
     return "there is no float64 kernel" if call.gate.dtype == torch.float64 else None
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    size, least = call.gate.numel(), CPU_CROSSOVER[call.differentiated]
-    return f"gate has {size} elements; below {least} the reference is faster" if size < least else None
+def _key(differentiated: bool) -> str:
+    return "backward" if differentiated else "forward"
+
+
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    return (Size(_key(call.differentiated), call.gate.numel(), "gate has {} elements"),)
 
 
 def _is_small(gate: Tensor, up: Tensor, backend: str | None) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     # Broadcasting and promotion are left to the check: PyTorch's ops would let them pass.
     return (
         backends.plain((gate, up), backend)
         and gate.shape == up.shape
         and gate.dtype == up.dtype
         and gate.dim() > 0
-        and gate.numel() < CPU_CROSSOVER[_differentiated(gate, up)]
+        and gate.numel() < LEAST[_key(_differentiated(gate, up))]
     )
 
 
-OP = Op(
-    "swiglu", check, (Backend("cpu", _no_float64, _cpu_avoids), Backend("triton", _no_float64), Backend("reference"))
-)
+OP = Op("swiglu", check, (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference")), _sizes)
 
 
 def _fwd_fake(gate: Tensor, up: Tensor, backend: str) -> Tensor:

@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension
-from mmfast.ops.backends import Backend, Machine, Op
+from mmfast.ops import backends, crossovers, extension
+from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GATE_ACTIVATIONS = ("tanh", "identity")
 
 # What the kernels hold on chip.
 MOST_PROMPTS, MOST_DIM, MOST_TRITON_DIM_FP32 = 32, 256, 64
-# Numbers in the query, and rows that share a set of prompts (which is packed first), below which the prompts' part is
-# no faster than in the reference. Found in fp32 and bf16 on two cores of an Intel Xeon (AVX-512), with a gradient and
-# without: 0.7 to 1.3 times the reference's speed with 1 to 8 rows, 1.1 to 1.6 times with 16.
-CPU_CROSSOVER, LEAST_ROWS = 2**14, 16
+# Elements of the query, and rows that share a set of prompts (which is packed first), from which the prompts' part is
+# faster on a CPU than in the reference.
+LEAST = crossovers.CPU.cpu("zero_init_attention")
 
 
 def reference(
@@ -229,19 +228,18 @@ def _rows(query: Tensor, prompt_key: Tensor) -> int:
     return query.shape[:-1].numel() // max(sets, 1)
 
 
-def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    size, rows = call.query.numel(), _rows(call.query, call.prompt_key)
-    if size < CPU_CROSSOVER:
-        return f"query has {size} numbers; below {CPU_CROSSOVER} the reference is faster"
-    if rows < LEAST_ROWS:
-        return f"{rows} rows of query share a set of prompts; below {LEAST_ROWS} the reference is faster"
-    return None
+def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    return (
+        Size("elements", call.query.numel(), "query has {} elements"),
+        Size("rows", _rows(call.query, call.prompt_key), "{} rows of query share a set of prompts"),
+    )
 
 
 OP = Op(
     "zero_init_attention",
     check,
-    (Backend("cpu", _cannot, _cpu_avoids), Backend("triton", _triton_cannot), Backend("reference")),
+    (Backend("cpu", _cannot), Backend("triton", _triton_cannot), Backend("reference")),
+    _sizes,
 )
 
 
@@ -256,12 +254,12 @@ def _is_small(
     words: Tensor | None,
     backend: str | None,
 ) -> bool:
-    """Whether `_cpu_avoids` would say so of a call whose mistakes, if it has any, PyTorch's ops find."""
+    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
     if not backends.plain((query, key, value, prompt_key, prompt_value, gate, words), backend):
         return False
     if query.dim() != 4 or gate_activation not in GATE_ACTIVATIONS:
         return False
-    if query.numel() >= CPU_CROSSOVER and _rows(query, prompt_key) >= LEAST_ROWS:
+    if query.numel() >= LEAST["elements"] and _rows(query, prompt_key) >= LEAST["rows"]:
         return False
     batch, heads, _, dim = query.shape
     # What broadcasting could let pass is left to the check.

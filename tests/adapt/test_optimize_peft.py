@@ -25,7 +25,7 @@ TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 @pytest.fixture(autouse=True)
 def no_call_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models of these tests are; PEFT's own forward would do all the work."""
-    monkeypatch.setattr(lora, "CPU_ROWS", 0)
+    monkeypatch.setitem(lora.LEAST, "rows", 0)
 
 
 def make_peft(dtype: torch.dtype = torch.float32, model: Any = None, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def test_the_op_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rows", [33, 600])
 def test_a_small_call_is_pefts_own(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "CPU_ROWS", 512)
+    monkeypatch.setitem(lora.LEAST, "rows", 512)
     model, calls = make_peft(target_modules=["q_proj"]), []
     mmfast.optimize(model, ops=["lora"])
     op = lora.lora_linear

@@ -25,7 +25,7 @@ from mmfast.ops import (
     weights,
 )
 from mmfast.ops.backends import Machine
-from mmfast.ops.bias_scale_linear import CPU_CROSSOVER, OP, SCALE_ON, STEPS, check, reference
+from mmfast.ops.bias_scale_linear import LEAST, OP, SCALE_ON, STEPS, check, reference
 
 Arguments = tuple[Tensor, Any, Tensor | None, Tensor | None, str]
 
@@ -440,8 +440,8 @@ def trained(arguments: Arguments) -> Arguments:
     return arguments
 
 
-LARGE = CPU_CROSSOVER["output"] // 64, 32, 64
-LARGE_INPUT = CPU_CROSSOVER["input"] // 64, 64, 32
+LARGE = LEAST["output"] // 64, 32, 64
+LARGE_INPUT = LEAST["input"] // 64, 64, 32
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_impossible_request(arguments: Arguments, on: Machine, request_: str, re
 def test_explain() -> None:
     assert explain(bias_scale_linear, *some((2, 8), 4)).splitlines() == [
         "bias_scale_linear runs on: reference",
-        f"  cpu: rows · N is 8; below {CPU_CROSSOVER['output']} the reference is faster",
+        f"  cpu: rows · N is 8; below {LEAST['output']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
     none = OP.explain(check(*sized(*LARGE, scale_on="none")), Machine("cpu"))

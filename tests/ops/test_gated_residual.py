@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, extension, gated_residual
 from mmfast.ops.backends import Machine, machine
-from mmfast.ops.gated_residual import CPU_CROSSOVER, OP, check, reference
+from mmfast.ops.gated_residual import LEAST, OP, check, reference
 
 Operands = tuple[Tensor, Tensor, Tensor]
 
@@ -214,7 +214,7 @@ def test_autocast_keeps_the_dtype(backend: str | None) -> None:
 # ---- the choice of a backend
 
 H200 = Machine("cuda", (9, 0))
-LEAST = CPU_CROSSOVER[torch.float32]
+FLOAT32 = LEAST["float32"]
 
 
 def sized(count: int, dtype: torch.dtype = torch.float32) -> Operands:
@@ -226,12 +226,12 @@ def sized(count: int, dtype: torch.dtype = torch.float32) -> Operands:
 @pytest.mark.parametrize(
     ("operands", "on", "request_", "chosen"),
     [
-        (sized(LEAST), Machine("cpu"), None, "cpu"),
-        (sized(LEAST - 1), Machine("cpu"), None, "reference"),
-        (sized(CPU_CROSSOVER[torch.bfloat16], torch.bfloat16), Machine("cpu"), None, "cpu"),
+        (sized(FLOAT32), Machine("cpu"), None, "cpu"),
+        (sized(FLOAT32 - 1), Machine("cpu"), None, "reference"),
+        (sized(LEAST["bfloat16"], torch.bfloat16), Machine("cpu"), None, "cpu"),
         (sized(8), Machine("cpu"), "cpu", "cpu"),
-        (sized(LEAST, torch.float64), Machine("cpu"), None, "reference"),
-        (sized(LEAST), Machine("cpu", no_extension="not built"), None, "reference"),
+        (sized(FLOAT32, torch.float64), Machine("cpu"), None, "reference"),
+        (sized(FLOAT32), Machine("cpu", no_extension="not built"), None, "reference"),
         (sized(8), Machine("cpu", triton_interpreted=True), "triton", "triton"),
         (sized(8), H200, None, "triton"),
         (sized(8, torch.float64), H200, None, "reference"),
@@ -250,7 +250,7 @@ def test_impossible_request() -> None:
 def test_explain() -> None:
     assert explain(gated_residual, *some(2, 8)).splitlines() == [
         "gated_residual runs on: reference",
-        f"  cpu: x has 16 elements; below {LEAST} the reference is faster",
+        f"  cpu: x has 16 elements; below {FLOAT32} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from mmfast.ops import BackendUnavailable, explain, extension, merged_experts, mixture_adapter, products, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.mixture_adapter import (
-    CPU_CROSSOVER,
     CPU_DROPOUT_RANKS,
     CPU_RANKS,
     CPU_TOKENS,
+    LEAST,
     OP,
     TRITON_RANKS,
     _product_dtype,
@@ -150,9 +150,9 @@ def trained(tensors: Tensors) -> Tensors:
 
 
 BF16 = torch.bfloat16
-ROWS = CPU_CROSSOVER[4][False] // 128
-ROWS_TRAINED = CPU_CROSSOVER[4][True] // 128
-ROWS_16 = CPU_CROSSOVER[2][True] // 128
+ROWS = LEAST["32-bit forward"] // 128
+ROWS_TRAINED = LEAST["32-bit backward"] // 128
+ROWS_16 = LEAST["16-bit backward"] // 128
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_products_of_many_ranks_are_made_in_16_bits_where_that_is_fast(monkeypat
 def test_explain() -> None:
     assert explain(mixture_adapter, *some(FORM).values()).splitlines() == [
         "mixture_adapter runs on: reference",
-        f"  cpu: x has 320 elements; below {CPU_CROSSOVER[4][False]} the reference is as fast",
+        f"  cpu: x has 320 elements; below {LEAST['32-bit forward']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, extension, rms_norm, use_backend
 from mmfast.ops.backends import Machine, machine
-from mmfast.ops.rms_norm import CPU_CROSSOVER, OP, TRITON_WIDTH, _is_small, check, reference
+from mmfast.ops.rms_norm import KEY, LEAST, OP, TRITON_WIDTH, _is_small, check, reference
 
 EPS = 1e-5
 
@@ -332,7 +332,7 @@ HALF = torch.float16
         (meta(16, 4096, dtype=HALF), True, Machine("cpu"), "cpu", "cpu"),
         (meta(16, 4096, dtype=HALF), False, Machine("cpu"), None, "cpu"),
         (meta(16, 4096, dtype=HALF).requires_grad_(), True, Machine("cpu"), None, "cpu"),
-        (meta(1, CPU_CROSSOVER, dtype=HALF), True, Machine("cpu"), None, "cpu"),
+        (meta(1, LEAST[KEY], dtype=HALF), True, Machine("cpu"), None, "cpu"),
         (meta(4, 4096), True, Machine("cuda", (9, 0)), None, "triton"),
         (meta(4, TRITON_WIDTH + 16), True, Machine("cuda", (9, 0)), None, "reference"),
         (meta(4, 4096), True, Machine("cuda", (7, 5)), None, "reference"),
@@ -361,7 +361,7 @@ def test_impossible_request(x: Tensor, on: Machine, request_: str, reason: str) 
 def test_explain() -> None:
     x, weight, residual = some(2, 16, dtype=HALF)
     assert "triton: the Triton interpreter is for tests" in explain(rms_norm, x, weight)
-    assert "cpu: x has 32 elements; in fp16 with a residual" in explain(rms_norm, x, weight, EPS, residual)
+    assert "cpu: x, in fp16 and with a residual, has 32 elements; below" in explain(rms_norm, x, weight, EPS, residual)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -379,7 +379,7 @@ def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatc
     assert ran == [backend, backend]
 
 
-@pytest.mark.parametrize("size", [1, 128, CPU_CROSSOVER // 128])
+@pytest.mark.parametrize("size", [1, 128, LEAST[KEY] // 128])
 def test_small_calls_take_the_reference_as_selection_says(size: int) -> None:
     x, weight, residual = some(size, 128, dtype=HALF)
     wide, single = (x.float(), residual.float()), (x.bfloat16(), residual.bfloat16())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, rope, use_backend
 from mmfast.ops.backends import Machine
-from mmfast.ops.rope import CPU_CROSSOVER, OP, _is_small, check, reference
+from mmfast.ops.rope import LEAST, OP, _is_small, check, reference
 
 
 def some(
@@ -319,7 +319,7 @@ def test_explain() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("length", [1, CPU_CROSSOVER[True] // 64, CPU_CROSSOVER[False] // 64])
+@pytest.mark.parametrize("length", [1, LEAST["float16 backward"] // 64, LEAST["float16 forward"] // 64])
 @pytest.mark.parametrize("trained", [False, True])
 def test_small_calls_take_the_reference_as_selection_says(dtype: torch.dtype, length: int, trained: bool) -> None:
     q, k, angles = (torch.zeros(1, dtype=dtype).expand(1, n, length, 16) for n in (3, 1, 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmfast.ops import BackendUnavailable, explain, extension, swiglu, use_backend
 from mmfast.ops.backends import Machine, machine
-from mmfast.ops.swiglu import CPU_CROSSOVER, OP, check, reference
+from mmfast.ops.swiglu import LEAST, OP, check, reference
 
 
 def run(
@@ -257,7 +257,7 @@ def sized(count: int, trained: bool = False, dtype: torch.dtype = torch.float32)
     return gate, gate
 
 
-WITHOUT, WITH = CPU_CROSSOVER[False], CPU_CROSSOVER[True]
+WITHOUT, WITH = LEAST["forward"], LEAST["backward"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from zero_init_cases import NAMES, double, run, some
 
 from mmfast.ops import BackendUnavailable, explain, use_backend, zero_init_attention
 from mmfast.ops.backends import Machine
-from mmfast.ops.zero_init_attention import CPU_CROSSOVER, LEAST_ROWS, MOST_TRITON_DIM_FP32, OP, check, reference
+from mmfast.ops.zero_init_attention import LEAST, MOST_TRITON_DIM_FP32, OP, check, reference
 
 # ---- the equation
 
@@ -181,7 +181,7 @@ def decoding(batch: int, per_sample: bool = False) -> list[Tensor]:
     return [query, query, query, few, few, torch.zeros(1)]
 
 
-LARGE = CPU_CROSSOVER // 64
+LARGE = LEAST["elements"] // 64
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ LARGE = CPU_CROSSOVER // 64
         (sized(LARGE), Machine("cpu"), None, "cpu"),
         (sized(LARGE - 1), Machine("cpu"), None, "reference"),
         (sized(3), Machine("cpu"), "cpu", "cpu"),
-        (decoding(LEAST_ROWS), Machine("cpu"), None, "cpu"),
-        (decoding(LEAST_ROWS - 1), Machine("cpu"), None, "reference"),
-        (decoding(LEAST_ROWS, per_sample=True), Machine("cpu"), None, "reference"),
+        (decoding(LEAST["rows"]), Machine("cpu"), None, "cpu"),
+        (decoding(LEAST["rows"] - 1), Machine("cpu"), None, "reference"),
+        (decoding(LEAST["rows"], per_sample=True), Machine("cpu"), None, "reference"),
         (sized(LARGE, prompts=33), Machine("cpu"), None, "reference"),
         (sized(LARGE, dim=257), Machine("cpu"), None, "reference"),
         (sized(LARGE, dtype=torch.float64), Machine("cpu"), None, "reference"),
@@ -256,7 +256,7 @@ def test_words_that_are_given_are_taken(backend: str | None, strided: bool) -> N
 def test_explain() -> None:
     assert explain(zero_init_attention, *sized(2)).splitlines() == [
         "zero_init_attention runs on: reference",
-        f"  cpu: query has 128 numbers; below {CPU_CROSSOVER} the reference is faster",
+        f"  cpu: query has 128 elements; below {LEAST['elements']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
 

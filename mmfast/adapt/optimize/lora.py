@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmfast.adapt.optimize.replacement import Forward, Replacement, is_bare_linear
 from mmfast.adapt.optimize.source import unlike
 from mmfast.ops import products
-from mmfast.ops.lora_linear import CPU_ROWS, lora_linear
+from mmfast.ops.lora_linear import LEAST, lora_linear
 
 # peft/tuners/lora/layer.py, Linear.
 LORA_FORWARD = "883865a2889afa79"
@@ -73,7 +73,7 @@ def _is_small(x: Tensor) -> bool:
         return False
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     rows = x.numel() // max(x.shape[-1], 1)
-    return rows < CPU_ROWS and not products.is_slow(dtype, rows, grad=torch.is_grad_enabled())
+    return rows < LEAST["rows"] and not products.is_slow(dtype, rows, grad=torch.is_grad_enabled())
 
 
 def _adapters(layer: Any, x: Tensor) -> list[_Adapter] | None:
