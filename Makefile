@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc
 	touch $@
 
 demo: env
-	$(BIN)/mmfast demo
+	$(BIN)/mmfast quickstart
 
 test: env compile
 	$(BIN)/python -m pytest

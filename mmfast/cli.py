@@ -20,7 +20,9 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("train, evaluate and question a small LLaVA on the embedded world", "mmfast.demo:run_demo"),
+    "quickstart": Command(
+        "train, evaluate and question a small LLaVA on the embedded world", "mmfast.quickstart:quickstart"
+    ),
     "train": Command("train a system from a recipe or a config file, or resume a run", "mmfast.train:train"),
     "estimate": Command("count what a recipe trains, and plan its memory", "mmfast.train.estimate:estimate"),
     "compare": Command("train every system on the embedded world and print one table", "mmfast.compare:compare"),
@@ -32,6 +34,7 @@ COMMANDS = {
     ),
     "eval": Command("answer an evaluation set with a trained run and score it", "mmfast.evaluate:evaluate_run"),
     "chat": Command("talk to a trained run about images, in the terminal", "mmfast.generate:chat"),
+    "demo": Command("talk to trained runs about images or videos, on a page in the browser", "mmfast.page.server:demo"),
     "convert": Command("turn a published checkpoint into a run folder", "mmfast.models.convert:convert"),
     "quantize": Command(
         "write a model's folder in 4 or 8 bits, tensor by tensor", "mmfast.adapt.quantized_checkpoint:quantize_command"
@@ -137,7 +140,7 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     flags = [entry.name for entry in parameters if entry.default is False]
     lists = {f"--{entry.name}" for entry in parameters if "list[" in str(entry.annotation)}
     # jsonargparse appends with `--image+`; to say `--image a --image b` is what people try.
-    words = [f"{word}+" if word in lists else word for word in words]
+    words = [_appending(word, lists) for word in words]
     parser = _parser(name, COMMANDS[name].help)
     # The base models are options in every command, also where they are required.
     bases = [entry for entry in parameters if entry.name in ("llm", "encoder")]
@@ -153,6 +156,11 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=described.get(flag))
     return vars(parser.instantiate(parser.parse_args(words)))
+
+
+def _appending(word: str, lists: set[str]) -> str:
+    option, separator, value = word.partition("=")
+    return f"{option}+{separator}{value}" if option in lists else word
 
 
 def _train(train: Callable[..., Any], words: list[str]) -> None:

@@ -55,7 +55,7 @@ def test_a_group_names_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "there is no command 'trian'; use one of demo, train" in capsys.readouterr().err
+    assert "there is no command 'trian'; use one of quickstart, train" in capsys.readouterr().err
 
 
 def test_a_recipe_with_options(trained: list[tuple[TrainConfig, bool]]) -> None:

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"generate", "evaluate", "models", "adapt", "nn", "ops", "data", "world"},
 }
 # May import everything: the ends of the chain.
-TOP = {"benchmarks", "cli", "compare", "demo", "environment", "__init__", "__main__"}
+TOP = {"benchmarks", "cli", "compare", "environment", "page", "quickstart", "__init__", "__main__"}
 NO_TRANSFORMERS = {"kernels", "ops", "nn"}
 
 

@@ -124,7 +124,7 @@ def encode_prompt(
     if used + room > limit:
         raise ValueError(
             f"generate: sample '{sample['id']}': the prompt has {used} tokens, but the model's context of {limit} "
-            f"must also hold an answer of {room}; ask with fewer turns, images or words (/reset starts a chat over)"
+            f"must also hold an answer of {room}; ask with fewer turns, images or words, or start the chat over"
         )
     return encoded
 

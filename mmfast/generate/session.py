@@ -50,6 +50,7 @@ class ChatSession:
         max_new_tokens: Longest answer, in tokens; the end of the model's context also ends it.
         seed: Seed of the sampling; turn n of two sessions with one seed and one history is the same.
         experts: Say something of each image, which the question then has as its input; see `experts.consult`.
+        stop: Another thread sets it to end an answer after its current token; as an interrupted turn it is forgotten.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -64,12 +65,14 @@ class ChatSession:
         max_new_tokens: int = 512,
         seed: int = 0,
         experts: Mapping[str, Expert] | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         check_max_new_tokens(max_new_tokens)
         self.model = model.eval()
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.experts = experts or {}
+        self.stop = stop or threading.Event()
         self.messages: list[Message] = []
         self._options = decoding_options(temperature, top_p)
         self._rule = StopRule(model)
@@ -122,7 +125,7 @@ class ChatSession:
         if captioner and not images:
             raise ValueError(
                 "chat: this model was trained with the template 'plain': it captions images and reads no text; "
-                "a question with an image is accepted; add one (/image PATH), or train the next stage"
+                "a question with an image is accepted; add one, or train the next stage"
             )
         sample: Sample = {"id": "chat", "messages": [*([] if captioner else self.messages), question]}
         # A person may name any file, so the folder of all files is the media folder.
@@ -145,6 +148,8 @@ class ChatSession:
             if len(shown) > len(answer):
                 yield shown[len(answer) :]
                 answer = shown
+        if self.stop.is_set():
+            return
         rest = self._rule.decode(ids).strip()
         if len(rest) > len(answer):
             yield rest[len(answer) :]
@@ -154,7 +159,7 @@ class ChatSession:
     def _tokens(self, inputs: dict[str, Tensor], longest: int) -> Iterator[int]:
         """Runs the model in a thread and yields its tokens; leaving the loop early stops it."""
         tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        stop = _StopRequest()
+        left = threading.Event()
 
         def run() -> None:
             try:
@@ -162,7 +167,7 @@ class ChatSession:
                     self.model.generate(
                         **inputs,
                         **self._options,
-                        stopping_criteria=[*self._rule.criteria(), stop],
+                        stopping_criteria=[*self._rule.criteria(), _StopRequest(self.stop, left)],
                         max_new_tokens=longest,
                         streamer=_TokenStreamer(tokens),
                     )
@@ -178,7 +183,7 @@ class ChatSession:
                     raise item
                 yield item
         finally:
-            stop.requested.set()
+            left.set()
             thread.join()
 
 
@@ -197,13 +202,14 @@ class _TokenStreamer(BaseStreamer):
 
 
 class _StopRequest(StoppingCriteria):
-    """Ends the generation when another thread asks for it."""
+    """Ends the generation when another thread asks for it by one of the events."""
 
-    def __init__(self) -> None:
-        self.requested = threading.Event()
+    def __init__(self, *events: threading.Event) -> None:
+        self._events = events
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.requested.is_set(), device=input_ids.device)
+        is_asked = any(event.is_set() for event in self._events)
+        return torch.full((len(input_ids),), is_asked, device=input_ids.device)
 
 
 @contextmanager

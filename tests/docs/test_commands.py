@@ -61,6 +61,10 @@ class Read:
 # By the beginning of the command; of several that fit the longest counts.
 CHANGES: dict[str, More | Read] = {
     ".venv/bin/mmfast chat": More("--max-new-tokens 4"),
+    ".venv/bin/mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
+    "mmfast bench crossover": Read("minutes on a quiet machine; tests/benchmarks/test_crossover.py"),
+    "mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
+    "mmfast quickstart": Read("a minute; tests/evaluate/test_quickstart.py"),
     "mmfast chat": More("--max-new-tokens 4"),
     "mmfast convert checkpoint_4.pth": Read("files of MiniGPT-4 and BLIP-2; tests/models/test_minigpt4_original.py"),
     "mmfast convert llama-adapter-original": Read("a run on text; tests/models/test_llama_adapter_original.py"),

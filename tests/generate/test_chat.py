@@ -135,6 +135,21 @@ def test_a_closed_stream_stops_the_model_and_is_forgotten(model: Llava, monkeypa
     assert session.messages == []
 
 
+def test_an_event_of_another_thread_ends_an_answer_without_a_trace(model: Llava) -> None:
+    stop = threading.Event()
+    session = ChatSession(model, max_new_tokens=400, stop=stop)
+    whole = session.send("it?")
+    session.reset()
+    pieces = []
+    for piece in session.stream("it?"):
+        pieces.append(piece)
+        stop.set()
+    assert len("".join(pieces)) < len(whole) / 2
+    assert session.messages == []
+    stop.clear()
+    assert session.send("it?") == whole
+
+
 def test_an_error_inside_the_model_reaches_the_caller(model: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**options: Any) -> None:
         raise RuntimeError("out of memory")
@@ -150,7 +165,7 @@ def test_an_answer_ends_with_the_context(model: Llava) -> None:
     session = ChatSession(model, max_new_tokens=100_000)
     prompt = len(model.processor.encode(asked("it?"), add_generation_prompt=True).input_ids)
     session.send("it?")
-    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, but the model's context of 512.*/reset"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but the model's context of 512.*start the chat over"):
         session.send("and then?")
     assert len(session.messages) == 2
     tokens = model.processor.tokenizer.encode(session.messages[1]["content"], add_special_tokens=False)

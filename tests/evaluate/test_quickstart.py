@@ -1,4 +1,4 @@
-"""The demo from end to end, with a few steps instead of hundreds."""
+"""The quick start from end to end, with a few steps instead of hundreds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from mmfast import train
-from mmfast.demo import run_demo
 from mmfast.models import Llava
+from mmfast.quickstart import quickstart
 from mmfast.train import load_recipe
 
 
@@ -28,9 +28,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_the_demo_reports_saves_and_runs_twice(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "demo"
-    report = run_demo(str(out), max_samples=12)
+def test_it_reports_saves_and_runs_twice(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    report = quickstart(str(out), max_samples=12)
     assert json.loads((out / "report.json").read_text()) == report
     assert [stage["name"] for stage in report["stages"]] == ["align", "instruct_lora"]
     for stage in report["stages"]:
@@ -52,15 +52,15 @@ def test_the_demo_reports_saves_and_runs_twice(short: None, tmp_path: Path, caps
         assert answer["question"] in printed
     assert "after stage align" in printed
     assert Llava.from_pretrained(out).lora_spec is not None
-    again = run_demo(str(out), max_samples=12)
+    again = quickstart(str(out), max_samples=12)
     timed = {"seconds", "peak_memory_mb"}
     for one, other in zip(report.pop("stages"), again.pop("stages"), strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
     assert again == report
 
 
-def test_the_demo_replaces_no_other_folder(tmp_path: Path) -> None:
+def test_it_replaces_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds something that no demo made"):
-        run_demo(str(tmp_path))
+    with pytest.raises(FileExistsError, match="holds something that no quick start made"):
+        quickstart(str(tmp_path))
     assert (tmp_path / "precious.txt").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""The demo: train LLaVA on the embedded world in two stages, measure it on held-out digits, and ask it."""
+"""The quick start: train LLaVA on the embedded world in two stages, measure it on held-out digits, and ask it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from mmfast.models.base import MultimodalModel
     from mmfast.train import StageResult
 
-__all__ = ["run_demo"]
+__all__ = ["quickstart"]
 
 DATA = "world:questions-test"
-_MARK = ".mmfast-demo"
+_MARK = ".mmfast-quickstart"
 _KINDS = ("position", "comparison", "presence")
 _BATCH = 100
 
 
-def run_demo(out: str = "runs/demo", seed: int = 0, max_samples: int | None = None) -> dict[str, Any]:
+def quickstart(out: str = "runs/demo", seed: int = 0, max_samples: int | None = None) -> dict[str, Any]:
     """Trains the recipe llava-world, evaluates every stage, saves, loads again and answers three questions.
 
     Needs no network, no GPU and a few minutes on two cores.
 
     Args:
-        out: The folder of the demo. One that an earlier demo made is replaced; any other must be empty.
+        out: The folder of the run. One that an earlier quick start made is replaced; any other must be empty.
         seed: Seed of the run.
         max_samples: Only the first so many held-out questions. None: all.
 
@@ -35,7 +35,7 @@ def run_demo(out: str = "runs/demo", seed: int = 0, max_samples: int | None = No
         The report, which is also written to report.json in the folder.
 
     Raises:
-        FileExistsError: If the folder holds something that no demo made.
+        FileExistsError: If the folder holds something that no quick start made.
     """
     from mmfast.evaluate import encoder_ceiling, evaluate
     from mmfast.evaluate.accuracy import format_table
@@ -44,7 +44,7 @@ def run_demo(out: str = "runs/demo", seed: int = 0, max_samples: int | None = No
 
     folder = Path(out)
     _clear(folder)
-    print("A frozen image encoder and a frozen language model that never met: the demo joins them.\n")
+    print("A frozen image encoder and a frozen language model that never met: training joins them.\n")
     accuracies: list[float] = []
 
     def after_stage(model: MultimodalModel, stage: StageResult) -> None:
@@ -78,17 +78,19 @@ def run_demo(out: str = "runs/demo", seed: int = 0, max_samples: int | None = No
     }
     write_json(folder / "report.json", report)
     print(_stage_table(stages))
-    print(f"\nthe report is in {folder / 'report.json'}; ask more: mmfast chat {out} --image {folder / 'digits.png'}")
+    print(f"\nthe report is in {folder / 'report.json'}; ask more:")
+    print(f"  mmfast chat {out} --image {folder / 'digits.png'}   in the terminal")
+    print(f"  mmfast demo {out}   in the browser")
     return report
 
 
 def _clear(folder: Path) -> None:
-    """Makes the folder, empty but for the mark by which the next demo knows it."""
+    """Makes the folder, empty but for the mark by which the next quick start knows it."""
     if folder.exists():
         if any(folder.iterdir()) and not (folder / _MARK).is_file():
             raise FileExistsError(
-                f"demo: {folder} holds something that no demo made; a new or empty folder, or that of an earlier "
-                "demo, is accepted; choose another --out"
+                f"quickstart: {folder} holds something that no quick start made; a new or empty folder, or that of an "
+                "earlier one, is accepted; choose another --out"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
