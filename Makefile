@@ -34,9 +34,8 @@ lint: env
 	$(BIN)/mypy
 
 bench: env
-	for file in benchmarks/bench_*.py; do \
-		$(BIN)/python $$file --out benchmarks/results/cpu || exit 1; done
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/mmfast bench --device cpu --rounds 7 --out benchmarks/results/cpu
+	$(BIN)/mmfast bench plot
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast.benchmarks import harness
-from mmfast.ops import gated_cross_attention
-from mmfast.ops.backends import machine
-from mmfast.ops.gated_cross_attention import OP, check, reference
+from mmfast.ops.gated_cross_attention import gated_cross_attention, reference
 
 # B, L, T: documents of interleaved images, captions of one image, and tokens that are decoded. Images are evenly
 # spread, 64 latents each; 8 heads of 64.
 SHAPES = {
-    "cpu": [(1, 1024, 8), (2, 1024, 8), (4, 256, 5), (16, 32, 1), (1, 32, 1), (1, 1, 8), (8, 1, 8)],
-    "cuda": [(8, 2048, 8), (8, 256, 5), (64, 32, 1), (8, 1, 8)],
+    "cpu": [(1, 1024, 8), (4, 256, 5), (16, 32, 1), (8, 1, 8), (1, 1, 8)],
+    "cuda": [(8, 2048, 8), (8, 1, 8), (8, 256, 5), (64, 32, 1)],
 }
 HEADS, DIM, MEDIA_LENGTH = 8, 64, 64
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
 
 
-def open_flamingo(query: Tensor, key: Tensor, value: Tensor, text_time: Tensor, only_latest: bool) -> Tensor:
+def arguments(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Heads of projections, keys and values of a joint one, as a module has them; and the times."""
+    batch, length, media = shape
+    query = torch.randn(batch, length, HEADS, DIM, device=device).to(dtype).transpose(1, 2)
+    joint = torch.randn(batch, media * MEDIA_LENGTH, 2, HEADS, DIM, device=device).to(dtype)
+    tensors = [query, *(half.transpose(1, 2) for half in joint.unbind(2))]
+    text_time = times(length, media).to(device).expand(batch, -1).contiguous()
+    return [*(x.requires_grad_() for x in tensors), text_time]
+
+
+def times(length: int, media: int) -> Tensor:
+    return (torch.arange(1, length + 1) * media).div(length, rounding_mode="floor").clamp(min=1).int()
+
+
+def open_flamingo(only_latest: bool, query: Tensor, key: Tensor, value: Tensor, text_time: Tensor) -> Tensor:
     """mlfoundations/open_flamingo, open_flamingo/src/helpers.py:186-233, between its projections."""
     scores = torch.einsum("bhid,bhjd->bhij", query * query.size(-1) ** -0.5, key)
     media_time = torch.arange(key.size(2) // MEDIA_LENGTH, device=key.device) + 1
@@ -37,15 +49,7 @@ def open_flamingo(query: Tensor, key: Tensor, value: Tensor, text_time: Tensor, 
     return torch.einsum("bhij,bhjd->bhid", weights, value)
 
 
-def inputs(batch: int, length: int, media: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
-    """Heads of projections, keys and values of a joint one, as a module has them; and the times."""
-    query = torch.randn(batch, length, HEADS, DIM, device=device).to(dtype).transpose(1, 2)
-    joint = torch.randn(batch, media * MEDIA_LENGTH, 2, HEADS, DIM, device=device).to(dtype)
-    times = (torch.arange(1, length + 1, device=device) * media).div(length, rounding_mode="floor").clamp(min=1)
-    return [query, *(half.transpose(1, 2) for half in joint.unbind(2))], times.expand(batch, -1).int().contiguous()
-
-
-def flex_attention(tensors: list[Tensor], text_time: Tensor, only_latest: bool) -> Attention:
+def flex_attention(only_latest: bool, query: Tensor, key: Tensor, value: Tensor, text_time: Tensor) -> Any:
     """FlexAttention, compiled; its block mask, which all layers of a model share, is not timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -53,79 +57,45 @@ def flex_attention(tensors: list[Tensor], text_time: Tensor, only_latest: bool) 
         medium = j // MEDIA_LENGTH + 1
         return text_time[b, i] == medium if only_latest else text_time[b, i] >= medium
 
-    query, key, _ = tensors
     mask = create_block_mask(
         seen, query.size(0), None, query.size(2), key.size(2), device=str(query.device), BLOCK_SIZE=MEDIA_LENGTH
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+    return lambda q, k, v, _: compiled(q, k, v, block_mask=mask)
 
 
-def compiled_eager(tensors: list[Tensor], text_time: Tensor, only_latest: bool) -> Attention:
-    compiled = torch.compile(open_flamingo, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, text_time, only_latest)
-
-
-def implementations(
-    tensors: list[Tensor], text_time: Tensor, only_latest: bool, with_compile: bool
-) -> dict[str, Attention]:
-    """The eager form first: ratios are against it. `auto` is what a call without `backend` runs."""
-    found: dict[str, Attention] = {"eager": lambda q, k, v: open_flamingo(q, k, v, text_time, only_latest)}
-    found["SDPA, dense mask"] = lambda q, k, v: reference(q, k, v, text_time, MEDIA_LENGTH, only_latest=only_latest)
-    peers = {"torch.compile": compiled_eager, "FlexAttention": flex_attention}
-    for name, make in peers.items() if with_compile else ():
-        try:
-            found[name] = make(tensors, text_time, only_latest)
-            found[name](*tensors)
-        except Exception as error:  # no C++ compiler, no Triton, no backward: the row is left out, and said so
-            found.pop(name, None)
-            print(f"{name} does not work here: {str(error).splitlines()[0]}")
-    options: dict[str, Any] = {"text_time": text_time, "media_length": MEDIA_LENGTH, "only_latest": only_latest}
-    query, key, value = tensors
-    call, on = check(query, key, value, **options), machine(query.device)
-    for backend in OP.backends[:-1]:
-        # The interpreter proves kernels, it does not time them.
-        if backend.refusal(call, on, by_name=True) is None and not (on.triton_interpreted and backend.name == "triton"):
-            found[backend.name] = lambda q, k, v, name=backend.name: gated_cross_attention(
-                q, k, v, **options, backend=name
-            )
-    found["auto"] = lambda q, k, v: gated_cross_attention(q, k, v, **options)
-    return found
-
-
-def providers(
-    tensors: list[Tensor], text_time: Tensor, only_latest: bool, mode: str, with_compile: bool
-) -> dict[str, harness.Provider]:
-    """What is timed: `mode` is "forward" or "both"."""
-    if mode == "forward":
-        found = implementations(tensors, text_time, only_latest, with_compile)
-        return {name: lambda run=run: [run(*tensors)] for name, run in found.items()}
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    grad = torch.randn_like(tensors[0])
-    found = implementations(leaves, text_time, only_latest, with_compile)
-    return {name: lambda run=run: torch.autograd.grad(run(*leaves), leaves, grad) for name, run in found.items()}
-
-
-def main() -> None:
-    options = harness.arguments(__doc__)
-    rows: list[dict[str, Any]] = []
-    shapes = SHAPES[options.device][: 1 if options.quick else None]
-    for batch, length, media in shapes:
-        for dtype in DTYPES[options.device]:
-            tensors, text_time = inputs(batch, length, media, dtype, options.device)
-            # With one image both modes are the same; `all` is timed on the first shape alone.
-            for only_latest in (True, False) if (batch, length, media) == shapes[0] else (True,):
-                for mode in ("forward", "both") if length > 1 else ("forward",):
-                    which = "latest" if only_latest else "all"
-                    case = f"{which} {mode} {batch}x{length} {media} media {str(dtype).removeprefix('torch.')}"
-                    first = (batch, length, media) == shapes[0] and only_latest
-                    timed = providers(tensors, text_time, only_latest, mode, with_compile=first)
-                    harness.gate(timed, 1e-4 if dtype == torch.float32 else 3e-2, case)
-                    rounds = options.rounds * (1 if batch * length >= 1024 else 5)
-                    for name, timing in harness.measure(timed, options.device, rounds).items():
-                        rows.append({"case": case, "provider": name, **timing})
-    harness.report("gated_cross_attention", rows, options)
-
-
-if __name__ == "__main__":
-    main()
+def cases(device: str, quick: bool) -> Iterator[harness.Case]:
+    for index, shape in enumerate(harness.chosen(SHAPES, device, quick)):
+        batch, length, media = shape
+        for dtype in DTYPES[device][: 1 if index or quick else None]:
+            # With one image both modes are the same.
+            for only_latest in (True,) if index or quick else (True, False):
+                first = index == 0 and only_latest and dtype == DTYPES[device][0]
+                options = {"media_length": MEDIA_LENGTH, "only_latest": only_latest}
+                eager = partial(open_flamingo, only_latest)
+                providers: dict[str, Any] = {
+                    "eager (OpenFlamingo)": eager,
+                    "SDPA, dense mask": partial(reference, **options),
+                }
+                if first:
+                    providers |= harness.compiling(eager, device, quick)
+                    flex = harness.Prepared(partial(flex_attention, only_latest))
+                    providers |= {"FlexAttention": flex} if device == "cuda" or not quick else {}
+                visible = times(length, media).sum().item() if not only_latest else length
+                flops = 4 * batch * HEADS * DIM * MEDIA_LENGTH * int(visible)
+                size = batch * HEADS * DIM * dtype.itemsize * (length + media * MEDIA_LENGTH)
+                for mode in harness.modes(first) if length > 1 else ("forward",):
+                    name = f"{batch}x{length}, {media} media, {harness.kind_of(dtype)}"
+                    yield harness.Case(
+                        op="gated_cross_attention",
+                        name=f"{'latest' if only_latest else 'all'} {name}",
+                        mode=mode,
+                        arguments=partial(arguments, shape, dtype, device),
+                        providers=providers
+                        | harness.ours("gated_cross_attention", partial(gated_cross_attention, **options), device),
+                        limit=1e-4 if dtype == torch.float32 else 3e-2,
+                        bytes={"forward": 2, "backward": 4, "both": 6}[mode] * size,
+                        flops=int({"forward": 1, "backward": 2.5, "both": 3.5}[mode] * flops),
+                        dtype=dtype,
+                        device=device,
+                    )

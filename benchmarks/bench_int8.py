@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,25 +11,11 @@ from mmfast.benchmarks import harness, quantized
 from mmfast.ops import Int8Weight, int8_dequantize, int8_linear, int8_quantize
 
 
-def plain(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def plain(q: Int8Weight, dtype: torch.dtype) -> Tensor:
     """What one writes without thinking."""
-    return (values * scale[:, None]).to(dtype)
+    return (q.values * q.scale[:, None]).to(dtype)
 
 
-def dequantising(q: Int8Weight, dtype: torch.dtype) -> quantized.Providers:
-    timed: quantized.Providers = {"values * scale": lambda: plain(q.values, q.scale, dtype)}
-    if fast := quantized.compiled(plain, q.values, q.scale, dtype):
-        timed["torch.compile"] = fast
-    for name in quantized.kernels(q.device):
-        timed[name] = lambda name=name: int8_dequantize(q, dtype, backend=name)
-    return timed
-
-
-def main() -> None:
-    options = harness.arguments(__doc__)
-    rows = quantized.rows_of(options, int8_quantize, int8_dequantize, int8_linear, dequantising)
-    harness.report("int8", rows, options)
-
-
-if __name__ == "__main__":
-    main()
+def cases(device: str, quick: bool) -> Iterator[harness.Case]:
+    dequantising = {"eager": plain, **harness.compiling(plain, device, quick)}
+    yield from quantized.cases("int8", 8, int8_quantize, int8_dequantize, int8_linear, dequantising, {}, device, quick)

@@ -1,14 +1,10 @@
-"""Times a training step of a small Llama with PEFT's LoRA, before and after `mmfast.optimize`, with its peak memory.
-
-python benchmarks/bench_optimize.py --rounds 9 --out benchmarks/results/cpu
-"""
+"""Times a training step of a small Llama with PEFT's LoRA, before and after `mmfast.optimize`, with its peak memory."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -79,12 +75,12 @@ def step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss.detach()
 
 
-def gradient(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+def gradient(model: nn.Module) -> list[Tensor]:
+    return [torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
 
 
-def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    model, batch = case.model(options.device), case.tokens(options.device)
+def rows_of(case: Case, settings: harness.Settings) -> list[harness.Row]:
+    model, batch = case.model(settings.device), case.tokens(settings.device)
     models = {"eager": model, "mmfast": copy.deepcopy(model)}
     mmfast.optimize(models["mmfast"])
     for op in OPS if case.each_op else ():
@@ -94,28 +90,19 @@ def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     expected = gradient(model)
     for name, other in models.items():
         step(other, batch)
-        error = ((gradient(other) - expected).norm() / expected.norm()).item()
-        limit = 1e-4 if case.dtype == torch.float32 else 5e-2
-        if error > limit:
-            raise RuntimeError(f"{case} {name}: the gradients differ by {error:.1e}")
+        harness.gate(name, gradient(other), expected, 1e-4 if case.dtype == torch.float32 else 5e-2, str(case))
     providers = {name: partial(step, other, batch) for name, other in models.items()}
     small = case.batch * case.length < 256
-    timings = harness.measure(providers, options.device, options.rounds * (5 if small else 1), warmup=2)
+    timings = harness.measure(providers, settings.device, settings.rounds * (5 if small else 1), warmup=2)
     rows = []
     for name, timing in timings.items():
         models[name].zero_grad(set_to_none=True)
-        peak = harness.peak_extra_bytes(providers[name], options.device)
-        rows.append({"case": str(case), "provider": name, **timing, "peak MiB": round(peak / 2**20, 1)})
+        peak = harness.peak_extra_bytes(providers[name], settings.device)
+        about = {"case": str(case), "provider": name, "kind": harness.kind_by_name(name, "eager")}
+        rows.append(about | timing | {"peak MiB": round(peak / 2**20, 1)})
     return rows
 
 
-def main() -> None:
-    options = harness.arguments(__doc__)
-    cases = CUDA if options.device == "cuda" else CPU
-    harness.report(
-        "optimize", [row for c in cases[: 2 if options.quick else None] for row in rows_of(c, options)], options
-    )
-
-
-if __name__ == "__main__":
-    main()
+def rows(settings: harness.Settings) -> list[harness.Row]:
+    cases = (CUDA if settings.device == "cuda" else CPU)[: 2 if settings.quick else None]
+    return [row for case in cases for row in rows_of(case, settings)]

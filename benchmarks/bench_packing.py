@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from mmfast.adapt import optimize
 from mmfast.adapt.packing import IMPLEMENTATION, attend_by_samples
-from mmfast.benchmarks.harness import arguments, measure, peak_extra_bytes, report
+from mmfast.benchmarks.harness import Row, Settings, measure, peak_extra_bytes
 from mmfast.data import Encoded, Processor
 from mmfast.models import Llava, LlavaConfig, LoraSpec
 from mmfast.train.batches import MicroBatch, micro_batch
@@ -74,9 +74,9 @@ def with_mask(batch: MicroBatch) -> MicroBatch:
     return MicroBatch(batch.ids, inputs, batch.tokens)
 
 
-def main() -> None:
-    options = arguments(__doc__ or "")
-    model, encoded = build(options.device), samples()
+def rows(settings: Settings) -> list[Row]:
+    device = settings.device
+    model, encoded = build(device), samples()
     # What `collate` and `pack` need of a processor that reads nothing.
     bare: Any = SimpleNamespace(pad_token_id=0, image_token_id=VOCABULARY)
     for name in ("collate_media", "collate_all", "collate"):
@@ -85,8 +85,8 @@ def main() -> None:
     padded = batches(encoded, bare.collate)
     grouped = batches(sorted(encoded, key=lambda item: (bool(item.media), len(item.input_ids))), bare.collate)
     packed = batches(encoded, pack)
-    accelerator = Accelerator(cpu=options.device == "cpu")
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    accelerator = Accelerator(cpu=device == "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def step(window: list[MicroBatch], implementation: str = IMPLEMENTATION) -> float:
         model.get_decoder().set_attn_implementation(implementation)
@@ -102,15 +102,11 @@ def main() -> None:
     }
     losses = {name: run() for name, run in runs.items()}
     if max(losses.values()) - min(losses.values()) > (1e-5 if dtype == torch.float32 else 1e-2):
-        raise AssertionError(f"the losses differ: {losses}")
+        raise RuntimeError(f"the losses differ: {losses}")
     tokens, slots = sum(batch.tokens for batch in packed), sum(b.inputs["input_ids"].numel() for b in padded)
     case = f"{SAMPLES} samples, {tokens} tokens in {slots} padded"
-    rows: list[dict[str, Any]] = []
-    for name, row in measure(runs, options.device, options.rounds, warmup=1).items():
-        speed, peak = round(tokens / row["ms"] * 1e3), round(peak_extra_bytes(runs[name], options.device) / 2**20, 1)
-        rows.append({"case": case, "provider": name, **row, "tokens/s": speed, "peak MiB": peak})
-    report("packing", rows, options)
-
-
-if __name__ == "__main__":
-    main()
+    found: list[Row] = []
+    for name, row in measure(runs, device, settings.rounds, warmup=1).items():
+        speed, peak = round(tokens / row["ms"] * 1e3), round(peak_extra_bytes(runs[name], device) / 2**20, 1)
+        found.append({"case": case, "provider": name, **row, "tokens/s": speed, "peak MiB": peak})
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,16 @@ from mmfast.nn import PerceiverResampler
 # B · T, N, D: six layers, 64 latents, 8 heads of 64.
 SHAPES = {
     "cpu": [(1, 2056, 1024), (8, 257, 1024), (1, 257, 1024), (1, 64, 256), (1, 4, 64)],
-    "cuda": [(64, 257, 1024), (8, 2056, 1024), (1, 16448, 1024)],
+    "cuda": [(64, 257, 1024), (1, 257, 1024), (8, 2056, 1024), (1, 16448, 1024)],
 }
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
-Forward = Callable[[PerceiverResampler, Tensor], Tensor]
+LAYERS, LATENTS, INNER = 6, 64, 512
+
+
+def arguments(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Any]:
+    """A resampler to train, and media, which are frozen as features of an encoder are."""
+    count, media, size = shape
+    return [PerceiverResampler(size).to(device, dtype), torch.randn(count, 1, media, size, device=device).to(dtype)]
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -28,7 +35,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), value)
 
 
-def eager(resampler: PerceiverResampler, media: Tensor, attend: Any = eager_attention) -> Tensor:
+def eager(attend: Any, resampler: PerceiverResampler, media: Tensor) -> Tensor:
     """The module as OpenFlamingo runs it (helpers.py:41-65, 107-132), with the weights of `resampler`."""
     x = media.flatten(0, 1)
     latents = resampler.latents.repeat(x.size(0), 1, 1)
@@ -44,54 +51,36 @@ def eager(resampler: PerceiverResampler, media: Tensor, attend: Any = eager_atte
     return resampler.norm(latents)[:, None]
 
 
-def providers(resampler: PerceiverResampler, media: Tensor, mode: str) -> dict[str, harness.Provider]:
-    """What is timed: `mode` is "forward" or "both"; the media are frozen, as features of an encoder are."""
-    forwards: dict[str, Forward] = {
-        "OpenFlamingo": eager,
-        "OpenFlamingo with SDPA": lambda r, x: eager(r, x, F.scaled_dot_product_attention),
-        "PerceiverResampler": lambda r, x: r(x),
-    }
-    parameters = list(resampler.parameters())
-    grad = torch.randn(media.size(0), 1, *resampler.latents.shape, device=media.device).to(media.dtype)
-
-    def run(forward: Forward) -> Any:
-        if mode == "forward":
-            with torch.no_grad():
-                return [forward(resampler, media)]
-        return torch.autograd.grad(forward(resampler, media), parameters, grad)
-
-    return {name: lambda forward=forward: run(forward) for name, forward in forwards.items()}
+PROVIDERS = {
+    "eager (OpenFlamingo)": partial(eager, eager_attention),
+    "OpenFlamingo with SDPA": partial(eager, F.scaled_dot_product_attention),
+    "mmfast": lambda resampler, media: resampler(media),
+}
 
 
-def gate(timed: dict[str, harness.Provider], tolerance: float) -> None:
-    """Raises unless all providers agree with the first."""
-    (_, first), *others = timed.items()
-    expected = first()
-    scale = max(float(torch.linalg.vector_norm(x.double())) for x in expected)
-    for name, run in others:
-        for found, wanted in zip(run(), expected, strict=True):
-            error = torch.linalg.vector_norm(found.double() - wanted) / scale
-            if not error <= tolerance:
-                raise AssertionError(f"{name}: relative error {error:.2e}, allowed {tolerance:.2e}")
+def flops(count: int, media: int, size: int, mode: str) -> int:
+    """Projections of media and latents, attention, output and feed-forward; frozen media need no gradient."""
+    of_media = 4 * media * size * INNER
+    of_latents = 4 * LATENTS * size * INNER * 2 + 4 * LATENTS * (media + LATENTS) * INNER + 16 * LATENTS * size * size
+    return count * LAYERS * {"forward": of_media + of_latents, "both": 2 * of_media + 3 * of_latents}[mode]
 
 
-def main() -> None:
-    options = harness.arguments(__doc__)
-    rows: list[dict[str, Any]] = []
-    for count, media_tokens, size in SHAPES[options.device][: 1 if options.quick else None]:
-        for dtype in DTYPES[options.device]:
-            torch.manual_seed(0)
-            resampler = PerceiverResampler(size).to(options.device, dtype)
-            media = torch.randn(count, 1, media_tokens, size, device=options.device).to(dtype)
-            for mode in ("forward", "both"):
-                timed = providers(resampler, media, mode)
-                gate(timed, 1e-4 if dtype == torch.float32 else 5e-2)
-                rounds = options.rounds * (1 if count * media_tokens > 1024 else 3)
-                case = f"{mode} {count}x{media_tokens}x{size} {str(dtype).removeprefix('torch.')}"
-                for name, timing in harness.measure(timed, options.device, rounds).items():
-                    rows.append({"case": case, "provider": name, **timing})
-    harness.report("perceiver_resampler", rows, options)
-
-
-if __name__ == "__main__":
-    main()
+def cases(device: str, quick: bool) -> Iterator[harness.Case]:
+    for index, (count, media, size) in enumerate(harness.chosen(SHAPES, device, quick)):
+        for dtype in DTYPES[device][: 1 if index or quick else None]:
+            weights = LAYERS * (4 * size * INNER + 8 * size * size)
+            for mode in harness.modes():
+                passes = 3 if mode == "both" else 1
+                yield harness.Case(
+                    op="perceiver_resampler",
+                    name=f"{count}x{media}x{size} {harness.kind_of(dtype)}",
+                    mode=mode,
+                    arguments=partial(arguments, (count, media, size), dtype, device),
+                    providers=PROVIDERS,
+                    limit=1e-4 if dtype == torch.float32 else 5e-2,
+                    bytes=(passes * weights + min(passes, 2) * count * media * size) * dtype.itemsize,
+                    flops=flops(count, media, size, mode),
+                    dtype=dtype,
+                    jointly=True,
+                    device=device,
+                )

@@ -5,14 +5,10 @@ No times are taken. On a CPU the measure is PyTorch's allocator, on a GPU `torch
 
 from __future__ import annotations
 
-import json
-import os
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 
-from mmfast.benchmarks.harness import arguments, environment, peak_extra_bytes
+from mmfast.benchmarks.harness import Row, Settings, peak_extra_bytes
 from mmfast.train import TrainConfig, load_recipe, recipe_names
 from mmfast.train.batches import micro_batch
 from mmfast.train.plan import plan_stage
@@ -44,11 +40,10 @@ def measured(config: TrainConfig, index: int, device: str) -> int:
     return weights + inputs + peak_extra_bytes(run, device)
 
 
-def main() -> None:
-    options = arguments(__doc__ or "")
-    rows: list[dict[str, Any]] = []
+def rows(settings: Settings) -> list[Row]:
+    found: list[Row] = []
     recipes = [name for name in recipe_names() if name.endswith("-world")]
-    for recipe in recipes[:1] if options.quick else recipes:
+    for recipe in recipes[:1] if settings.quick else recipes:
         for dtype in ("float32", "bfloat16"):
             config = load_recipe(recipe)
             config.dtype = dtype  # type: ignore[assignment]
@@ -57,22 +52,7 @@ def main() -> None:
                 for policy in POLICIES:
                     config.recompute = policy
                     plan = plan_stage(config, index, micro_batch_size=SIZE, length=LENGTH)
-                    peak, planned = measured(config, index, options.device), plan.weights + plan.step.peak
-                    row = {"recipe": recipe, "stage": stage.name, "dtype": dtype, "recompute": policy}
-                    rows.append({**row, "planned": planned, "measured": peak, "ratio": planned / peak})
-                    print(
-                        *row.values(),
-                        f"planned {planned / 1e6:.2f} MB, measured {peak / 1e6:.2f}, {planned / peak:.3f}",
-                    )
-    worst = max(abs(row["ratio"] - 1) for row in rows)
-    print(f"{len(rows)} settings, the plan is off by {worst:.1%} at the most")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        target = options.out / "plan.json"
-        partial = target.with_suffix(".tmp")
-        partial.write_text(json.dumps({"environment": environment(options.device), "rows": rows}, indent=1) + "\n")
-        os.replace(partial, target)
-
-
-if __name__ == "__main__":
-    main()
+                    peak, planned = measured(config, index, settings.device), plan.weights + plan.step.peak
+                    about = {"case": f"{recipe} {stage.name} {dtype}", "provider": policy}
+                    found.append(about | {"planned": planned, "measured": peak, "planned / measured": planned / peak})
+    return found

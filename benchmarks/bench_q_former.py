@@ -2,72 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
 from mmfast.benchmarks import harness
 from mmfast.nn import QFormer
 
 # B, N: images of 257 states of EVA ViT-g; 32 queries, 12 layers of width 768.
-SHAPES = {"cpu": [(4, 257), (1, 257), (1, 32)], "cuda": [(64, 257), (8, 257), (1, 257)]}
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-QUERIES = 32
+SHAPES = {"cpu": [(1, 257), (4, 257), (1, 32)], "cuda": [(64, 257), (1, 257), (8, 257)]}
+DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
+QUERIES, LAYERS, SIZE, STATES = 32, 12, 768, 1408
 
 
-def models(dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """The same weights thrice; without dropout, which draws other numbers in each."""
-    found: dict[str, nn.Module] = {}
+def arguments(shape: tuple[int, int], dtype: torch.dtype, device: str) -> list[Any]:
+    """Three models that share their parameters, queries to train, and states, which are frozen."""
+    from transformers import Blip2QFormerConfig
+    from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+
+    models: list[nn.Module] = []
     for attention in ("eager", "sdpa"):
-        torch.manual_seed(0)
         config = Blip2QFormerConfig(use_qformer_text_input=False, attn_implementation=attention)
-        found[attention] = Blip2QFormerModel(config).to(device, dtype).eval()
-    return found | {"QFormer": QFormer.from_transformers(found["eager"])}
+        # Without dropout, which draws other numbers in each.
+        models.append(Blip2QFormerModel(config).to(device, dtype).eval())
+    models.append(QFormer.from_transformers(models[0]))
+    weights = models[0].state_dict(keep_vars=True)
+    for model in models[1:]:
+        names = model.state_dict()
+        model.load_state_dict({name: weights[name] for name in names}, assign=True)
+    queries = torch.randn(1, QUERIES, SIZE, device=device).to(dtype).requires_grad_()
+    return [*models, queries, torch.randn(*shape, STATES, device=device).to(dtype)]
 
 
-def providers(timed: dict[str, nn.Module], queries: Tensor, states: Tensor, mode: str) -> dict[str, harness.Provider]:
-    """What is timed: `mode` is "forward" or "both"; the states are frozen, as features of an encoder are."""
+def theirs(which: int, *given: Any) -> Tensor:
+    *models, queries, states = given
     batched = queries.expand(states.size(0), -1, -1)
-    grad = torch.randn(batched.shape, device=states.device).to(states.dtype)
-    names = sorted(dict(timed["QFormer"].named_parameters()))
-
-    def run(model: nn.Module) -> list[Tensor]:
-        ours = isinstance(model, QFormer)
-        with torch.set_grad_enabled(mode == "both"):
-            out = model(queries, states) if ours else model(batched, encoder_hidden_states=states).last_hidden_state
-        if mode == "forward":
-            return [out]
-        parameters = dict(model.named_parameters())
-        return list(torch.autograd.grad(out, [queries, *(parameters[name] for name in names)], grad))
-
-    return {name: lambda model=model: run(model) for name, model in timed.items()}
+    result: Tensor = models[which](batched, encoder_hidden_states=states).last_hidden_state
+    return result
 
 
-def main() -> None:
-    options = harness.arguments(__doc__)
-    rows: list[dict[str, Any]] = []
-    for dtype in DTYPES[options.device]:
-        timed_models = models(dtype, options.device)
-        for batch, length in SHAPES[options.device][: 1 if options.quick else None]:
-            queries = torch.randn(1, QUERIES, 768, device=options.device).to(dtype).requires_grad_()
-            states = torch.randn(batch, length, 1408, device=options.device).to(dtype)
-            for mode in ("forward", "both"):
-                timed = providers(timed_models, queries, states, mode)
-                case = f"{mode} {batch}x{length} {str(dtype).removeprefix('torch.')}"
-                gate(timed, 1e-4 if dtype == torch.float32 else 5e-2, case)
-                for name, timing in harness.measure(timed, options.device, options.rounds).items():
-                    rows.append({"case": case, "provider": name, **timing})
-    harness.report("q_former", rows, options)
+PROVIDERS = {
+    "eager (transformers)": partial(theirs, 0),
+    "transformers with SDPA": partial(theirs, 1),
+    "mmfast": lambda eager, sdpa, ours, queries, states: ours(queries, states),
+}
 
 
-def gate(timed: dict[str, harness.Provider], limit: float, what: str) -> None:
-    """`harness.gate` on results put together: gradients of keys' biases are zero but for rounding."""
-    joint = {name: lambda run=run: [torch.cat([x.flatten() for x in run()])] for name, run in timed.items()}
-    harness.gate(joint, limit, what)
+def flops(batch: int, states: int, mode: str) -> int:
+    """Self-attention and feed-forward in every layer, cross-attention in every other; states are frozen."""
+    of_states = LAYERS // 2 * 4 * states * STATES * SIZE
+    crossing = LAYERS // 2 * (4 * QUERIES * SIZE * SIZE + 4 * QUERIES * states * SIZE)
+    rest = crossing + LAYERS * (24 * QUERIES * SIZE * SIZE + 4 * QUERIES * QUERIES * SIZE)
+    return batch * {"forward": of_states + rest, "both": 2 * of_states + 3 * rest}[mode]
 
 
-if __name__ == "__main__":
-    main()
+def cases(device: str, quick: bool) -> Iterator[harness.Case]:
+    for index, shape in enumerate(harness.chosen(SHAPES, device, quick)):
+        for dtype in DTYPES[device][: 1 if index or quick else None]:
+            weights = LAYERS * 12 * SIZE * SIZE + LAYERS // 2 * (2 * SIZE + 2 * STATES) * SIZE
+            for mode in harness.modes():
+                passes = 3 if mode == "both" else 1
+                yield harness.Case(
+                    op="q_former",
+                    name=f"{shape[0]}x{shape[1]} {harness.kind_of(dtype)}",
+                    mode=mode,
+                    arguments=partial(arguments, shape, dtype, device),
+                    providers=PROVIDERS,
+                    limit=1e-4 if dtype == torch.float32 else 5e-2,
+                    bytes=(passes * weights + min(passes, 2) * shape[0] * shape[1] * STATES) * dtype.itemsize,
+                    flops=flops(*shape, mode),
+                    dtype=dtype,
+                    # Gradients of keys' biases are zero but for rounding.
+                    jointly=True,
+                    device=device,
+                )

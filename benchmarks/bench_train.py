@@ -2,13 +2,10 @@
 
 A step is forward, backward and AdamW, under autocast where the base is bfloat16. The models of a case share their
 frozen weights, and the gradients of all agree before anything is timed.
-
-python benchmarks/bench_train.py --rounds 9 --out benchmarks/results/cpu
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
@@ -287,29 +284,30 @@ def fits(run: harness.Provider) -> bool:
     return True
 
 
-def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(case: Case, settings: harness.Settings) -> list[harness.Row]:
     """One row for each provider; the ratio is to the first one that fits."""
-    batch = case.inputs(options.device)
-    everyone = trainings(case, options.device)
+    batch = case.inputs(settings.device)
+    everyone = trainings(case, settings.device)
     fitting = {name: training for name, training in everyone.items() if fits(partial(training.gradient, batch))}
     first = next(iter(fitting))
-    gradients = {"eager" if name == first else name: partial(t.gradient, batch) for name, t in fitting.items()}
-    harness.gate(gradients, 1e-4 if case.dtype == torch.float32 else 5e-2, str(case))
+    expected = fitting[first].gradient(batch)
+    for name, training in fitting.items():
+        harness.gate(name, training.gradient(batch), expected, 1e-4 if case.dtype == torch.float32 else 5e-2, str(case))
     # The first update makes the optimiser's states.
     fitting = {name: training for name, training in fitting.items() if fits(partial(training.step, batch))}
     timings = harness.measure(
         {name: partial(training.step, batch) for name, training in fitting.items()},
-        options.device,
+        settings.device,
         # A step of 7B takes a second.
-        min(options.rounds, 5) if options.device == "cuda" else options.rounds,
+        min(settings.rounds, 5) if settings.device == "cuda" else settings.rounds,
         warmup=2,
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[harness.Row] = []
     for name, training in everyone.items():
-        row = {"case": str(case), "provider": name}
+        row = {"case": str(case), "provider": name, "kind": harness.kind_by_name(name, first)}
         if name in fitting:
             timing = timings[name]
-            peak = harness.peak_extra_bytes(partial(training.step, batch), options.device)
+            peak = harness.peak_extra_bytes(partial(training.step, batch), settings.device)
             row |= timing | {
                 "tokens/s": round(case.batch * case.length * 1e3 / timing["ms"]),
                 "peak MiB": round(peak / 2**20, 1),
@@ -321,7 +319,7 @@ def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def loss_curves(device: str, steps: int = 200) -> list[dict[str, Any]]:
+def loss_curves(device: str, steps: int = 200) -> list[harness.Row]:
     """Whether both sides learn alike: the largest difference to hf_peft's loss over some steps on 16 batches.
 
     The measure for it is how far hf_peft's own losses go when its weights differ by a rounding error at the start.
@@ -350,12 +348,6 @@ def loss_curves(device: str, steps: int = 200) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    options = harness.arguments(__doc__)
-    cases = CUDA if options.device == "cuda" else CPU
-    rows = [row for case in cases[: 1 if options.quick else None] for row in rows_of(case, options)]
-    harness.report("train", rows + loss_curves(options.device), options)
-
-
-if __name__ == "__main__":
-    main()
+def rows(settings: harness.Settings) -> list[harness.Row]:
+    cases = (CUDA if settings.device == "cuda" else CPU)[: 1 if settings.quick else None]
+    return [row for case in cases for row in rows_of(case, settings)] + loss_curves(settings.device)

@@ -1,12 +1,9 @@
-"""Times zero_init_attention, forward and backward, against LLaMA-Adapter's form, two calls of SDPA and torch.compile.
-
-python benchmarks/bench_zero_init_attention.py --rounds 15 --out benchmarks/results/cpu
-"""
+"""zero_init_attention against LLaMA-Adapter's form, two calls of SDPA, torch.compile, and attention without prompts."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,14 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.benchmarks import harness
-from mmfast.ops import zero_init_attention
-from mmfast.ops.backends import machine
-from mmfast.ops.zero_init_attention import OP, check
-
-Run = Callable[[], list[Tensor]]
+from mmfast.ops.zero_init_attention import zero_init_attention
 
 
-class Case(NamedTuple):
+class Shape(NamedTuple):
     """`length` queries on as many words, causally; one query on `words` where it is decoding, forward alone."""
 
     batch: int
@@ -33,49 +26,74 @@ class Case(NamedTuple):
     dtype: torch.dtype
     key_heads: int | None = None
     words: int | None = None
-    backward: bool = True
-
-    @property
-    def is_large(self) -> bool:
-        return self.batch * self.heads * self.length * (self.words or self.length) > 2**22
 
     def __str__(self) -> str:
-        kind, mode = str(self.dtype).removeprefix("torch."), "" if self.backward else " forward"
         heads = f"{self.heads}" if self.key_heads is None else f"{self.heads}/{self.key_heads}"
         words = "" if self.words is None else f" on {self.words}"
-        return f"{self.batch}x{heads}x{self.length}x{self.dim}{words} P{self.prompts} {kind}{mode}"
+        kind = harness.kind_of(self.dtype)
+        return f"{self.batch}x{heads}x{self.length}x{self.dim}{words}, {self.prompts} prompts, {kind}"
 
 
-def tensors(case: Case, device: str) -> tuple[list[Tensor], Tensor]:
-    """Query, key, value and prompts as views of projections, a gate in fp32; the gradient of the output."""
-    torch.manual_seed(0)
-    key_heads = case.key_heads or case.heads
+BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = {
+    "cpu": [
+        Shape(2, 16, 1024, 64, 10, BF16),
+        Shape(2, 16, 1024, 64, 10, FP32),
+        Shape(1, 32, 512, 128, 20, BF16, key_heads=8),
+        Shape(1, 16, 64, 64, 10, BF16),
+        Shape(1, 4, 16, 32, 10, FP32),
+        Shape(32, 32, 1, 128, 10, BF16, words=64),
+        Shape(1, 32, 1, 128, 10, BF16, words=512),
+    ],
+    "cuda": [
+        Shape(8, 32, 2048, 128, 10, BF16),
+        Shape(8, 32, 1, 128, 10, BF16, words=512),
+        Shape(8, 32, 2048, 128, 10, BF16, key_heads=8),
+        Shape(2, 16, 1024, 64, 10, BF16),
+    ],
+}
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(case.dtype).transpose(-3, -2)
 
-    words = case.words or case.length
-    found = [randn(case.batch, case.length, case.heads, case.dim)]
-    found += [randn(case.batch, words, key_heads, case.dim) for _ in range(2)]
-    found += [randn(case.prompts, key_heads, case.dim) for _ in range(2)]
-    found.append(torch.randn(case.heads, device=device))
-    return [x.requires_grad_(case.backward) for x in found], randn(case.batch, case.length, case.heads, case.dim)
+def arguments(shape: Shape, device: str) -> list[Tensor]:
+    """Query, key, value and prompts as views of projections, a gate in fp32."""
+    key_heads = shape.key_heads or shape.heads
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, device=device).to(shape.dtype).transpose(-3, -2)
+
+    found = [randn(shape.batch, shape.length, shape.heads, shape.dim)]
+    found += [randn(shape.batch, shape.words or shape.length, key_heads, shape.dim) for _ in range(2)]
+    found += [randn(shape.prompts, key_heads, shape.dim) for _ in range(2)]
+    found.append(torch.randn(shape.heads, device=device))
+    return [x.requires_grad_() for x in found]
 
 
-def official(case: Case, mask: Tensor | None, *arguments: Tensor) -> Tensor:
+def official(shape: Shape, device: str) -> harness.Prepared:
     """LLaMA-Adapter's steps: prompts before words, one matrix of scores, two softmaxes, the gate on the first."""
+
+    def make(*_: Tensor) -> Callable[..., Tensor]:
+        mask = None
+        if shape.words is None:
+            mask = torch.full((shape.length, shape.length), float("-inf"), dtype=shape.dtype, device=device).triu(1)
+            mask = F.pad(mask, (shape.prompts, 0))
+        return partial(_official, shape, mask)
+
+    return harness.Prepared(make)
+
+
+def _official(shape: Shape, mask: Tensor | None, *arguments: Tensor) -> Tensor:
     query, key, value, prompt_key, prompt_value, gate = arguments
     key, value = (
-        torch.cat([few.expand(case.batch, *few.shape), many], 2).repeat_interleave(case.heads // many.shape[1], 1)
+        torch.cat([few.expand(shape.batch, *few.shape), many], 2).repeat_interleave(shape.heads // many.shape[1], 1)
         for few, many in ((prompt_key, key), (prompt_value, value))
     )
-    scores = torch.matmul(query, key.transpose(2, 3)) / case.dim**0.5
+    scores = torch.matmul(query, key.transpose(2, 3)) / shape.dim**0.5
     if mask is not None:
         scores = scores + mask
-    of_prompts = gate.tanh().view(1, -1, 1, 1).to(case.dtype) * F.softmax(
-        scores[..., : case.prompts].float(), dim=-1
+    of_prompts = gate.tanh().view(1, -1, 1, 1).to(shape.dtype) * F.softmax(
+        scores[..., : shape.prompts].float(), dim=-1
     ).type_as(query)
-    of_words = F.softmax(scores[..., case.prompts :].float(), dim=-1).type_as(query)
+    of_words = F.softmax(scores[..., shape.prompts :].float(), dim=-1).type_as(query)
     return torch.matmul(torch.cat([of_prompts, of_words], -1), value)
 
 
@@ -86,7 +104,7 @@ def words_alone(causal: bool, query: Tensor, key: Tensor, value: Tensor, *_: Ten
 
 
 def two_calls(causal: bool, *arguments: Tensor) -> Tensor:
-    """SDPA on the words, SDPA on the prompts, a gate in the dtype of the query."""
+    """SDPA on the words, SDPA on the prompts, a gate in the dtype of the query: LitGPT's steps."""
     query, _, _, prompt_key, prompt_value, gate = arguments
     few = (x.expand(query.shape[0], *x.shape) for x in (prompt_key, prompt_value))
     return words_alone(causal, *arguments) + gate.tanh()[:, None, None].to(query.dtype) * words_alone(
@@ -94,112 +112,34 @@ def two_calls(causal: bool, *arguments: Tensor) -> Tensor:
     )
 
 
-def step(forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor, backward: bool) -> list[Tensor]:
-    """What is timed: the output, and the gradients of the leaves."""
-    if not backward:
-        with torch.no_grad():
-            return [forward()]
-    y = forward()
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-
-
-def providers(case: Case, device: str) -> dict[str, Run]:
-    """The official form first: ratios are against it. `auto` is what a call without `backend` runs."""
-    leaves, grad = tensors(case, device)
-    causal, mask = case.words is None, None
-    if causal:
-        mask = torch.full((case.length, case.length), float("-inf"), dtype=case.dtype, device=device).triu(1)
-        mask = F.pad(mask, (case.prompts, 0))
-    found: dict[str, Run] = {}
-
-    def add(name: str, forward: Callable[[], Tensor], leaves: list[Tensor] = leaves) -> None:
-        found[name] = partial(step, forward, leaves, grad, case.backward)
-
-    add("official", lambda: official(case, mask, *leaves))
-    add("words alone", lambda: words_alone(causal, *leaves), leaves[:3])
-    add("two SDPA", lambda: two_calls(causal, *leaves))
-    for name, function in (
-        ("official, compiled", lambda: official(case, mask, *leaves)),
-        ("two SDPA, compiled", lambda: two_calls(causal, *leaves)),
-    ):
-        if not case.is_large:  # a call of a compiled function costs more than such a case
-            continue
-        try:
-            compiled = torch.compile(function, dynamic=False)
-            compiled()
-            add(name, compiled)
-        except Exception as failure:  # no compiler here: the row is left out, and said so
-            print(f"  {case} {name}: left out, {type(failure).__name__}")
-    call, on = check(*leaves, is_causal=causal), machine(leaves[0].device)
-    for backend in OP.backends[:-1]:
-        # The interpreter proves kernels, it does not time them.
-        if backend.refusal(call, on, by_name=True) is None and not (on.triton_interpreted and backend.name == "triton"):
-            add(
-                f"mmfast:{backend.name}",
-                lambda name=backend.name: zero_init_attention(*leaves, is_causal=causal, backend=name),
-            )
-    add("auto", lambda: zero_init_attention(*leaves, is_causal=causal))
-    return found
-
-
-def gate(case: Case, found: dict[str, Run]) -> None:
-    """Raises unless all providers agree with the official form."""
-    expected = found["official"]()
-    limit = 1e-4 if case.dtype == torch.float32 else 5e-2
-    for name, run in found.items():
-        if name != "words alone":
-            for actual, e in zip(run(), expected, strict=True):
-                if not e.any():  # of one prompt's key: 0, or what roundings leave of it
-                    continue
-                error = (actual - e).float().norm() / e.float().norm()
-                if not error <= limit:
-                    raise AssertionError(f"{case} {name}: relative error {error:.1e}, allowed {limit:.1e}")
-
-
-def rows_of(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = providers(case, options.device)
-    gate(case, found)
-    timings = harness.measure(found, options.device, options.rounds * (1 if case.is_large else 10), warmup=2)
-    return [
-        {
-            "case": str(case),
-            "provider": name,
-            **timing,
-            "of words alone": round(timing["ms"] / timings["words alone"]["ms"], 3),
-            "peak MiB": round(harness.peak_extra_bytes(found[name], options.device) / 2**20, 1),
+def cases(device: str, quick: bool) -> Iterator[harness.Case]:
+    for index, shape in enumerate(harness.chosen(SHAPES, device, quick)):
+        causal = shape.words is None
+        providers: dict[str, Any] = {
+            "eager (LLaMA-Adapter)": official(shape, device),
+            "words alone": partial(words_alone, causal),
+            "two SDPA": partial(two_calls, causal),
         }
-        for name, timing in timings.items()
-    ]
-
-
-def cases_of(device: str) -> list[Case]:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    if device == "cuda":
-        shapes = [(8, 32, 2048, 128, 10), (8, 32, 2048, 128, 20), (2, 16, 1024, 64, 10)]
-        return [
-            *(Case(*shape, bf16) for shape in shapes),
-            Case(8, 32, 2048, 128, 10, bf16, key_heads=8),
-            Case(8, 32, 1, 128, 10, bf16, words=512, backward=False),
-        ]
-    return [
-        Case(2, 16, 1024, 64, 10, bf16),
-        Case(2, 16, 1024, 64, 10, bf16, backward=False),
-        Case(2, 16, 1024, 64, 10, fp32),
-        Case(1, 32, 512, 128, 20, bf16, key_heads=8),
-        Case(2, 16, 1024, 64, 1, bf16),
-        Case(1, 16, 64, 64, 10, bf16),
-        Case(1, 4, 16, 32, 10, fp32),
-        Case(1, 32, 1, 128, 10, bf16, words=512, backward=False),
-        Case(32, 32, 1, 128, 10, bf16, words=64, backward=False),
-        Case(1, 1, 1, 16, 10, fp32, words=8, backward=False),
-    ]
-
-
-def main() -> None:
-    options = harness.arguments(__doc__)
-    cases = cases_of(options.device)[: 1 if options.quick else None]
-    harness.report("zero_init_attention", [row for case in cases for row in rows_of(case, options)], options)
-
-
-if __name__ == "__main__":
-    main()
+        if index == 0:
+            providers |= harness.compiling(official(shape, device), device, quick)
+            providers |= harness.compiling(partial(two_calls, causal), device, quick, "two SDPA, compiled")
+        attend = partial(zero_init_attention, is_causal=causal)
+        words = shape.words or shape.length
+        flops = shape.batch * shape.heads * shape.length * shape.dim * (2 * words if causal else 4 * words)
+        flops += 4 * shape.batch * shape.heads * shape.length * shape.dim * shape.prompts
+        key_heads = shape.key_heads or shape.heads
+        size = shape.batch * shape.dim * (shape.heads * shape.length + key_heads * words) * shape.dtype.itemsize
+        for mode in harness.modes(index == 0) if causal else ("forward",):
+            yield harness.Case(
+                op="zero_init_attention",
+                name=str(shape),
+                mode=mode,
+                arguments=partial(arguments, shape, device),
+                providers=providers | harness.ours("zero_init_attention", attend, device),
+                limit=1e-4 if shape.dtype == torch.float32 else 5e-2,
+                limits={"words alone": math.inf},
+                bytes={"forward": 2, "backward": 4, "both": 6}[mode] * size,
+                flops=int({"forward": 1, "backward": 2.5, "both": 3.5}[mode] * flops),
+                dtype=shape.dtype,
+                device=device,
+            )

@@ -40,6 +40,12 @@ COMMANDS = {
         "write a model's folder in 4 or 8 bits, tensor by tensor", "mmfast.adapt.quantized_checkpoint:quantize_command"
     ),
     "export": Command("write a run in another library's layout", "mmfast.models.export:export"),
+    "bench": Command(
+        "time ops against eager PyTorch and their peers, and print a table", "mmfast.benchmarks.suite:bench"
+    ),
+    "bench plot": Command(
+        "draw what was measured, and write its tables into the documents", "mmfast.benchmarks.plot:plot"
+    ),
     "bench crossover": Command(
         "measure from which size each op's kernels are faster, and write the table that ops read",
         "mmfast.benchmarks.crossover:crossover",
@@ -132,7 +138,8 @@ def _parser(name: str, description: str) -> Any:
 
 
 def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str, Any]:
-    """Reads `words` as the parameters of `target`: required ones are positional, booleans flags, the rest options."""
+    """Reads `words` as the parameters of `target`: required ones and `*words` are positional, booleans flags, the rest
+    options."""
     from docstring_parser import parse
 
     described = {entry.arg_name: entry.description for entry in parse(target.__doc__ or "").params}
@@ -141,7 +148,8 @@ def _parse(name: str, target: Callable[..., Any], words: list[str]) -> dict[str,
     lists = {f"--{entry.name}" for entry in parameters if "list[" in str(entry.annotation)}
     # jsonargparse appends with `--image+`; to say `--image a --image b` is what people try.
     words = [_appending(word, lists) for word in words]
-    parser = _parser(name, COMMANDS[name].help)
+    group = "".join(f"; `mmfast {other}`: {COMMANDS[other].help}" for other in COMMANDS if other.startswith(f"{name} "))
+    parser = _parser(name, COMMANDS[name].help + group)
     # The base models are options in every command, also where they are required.
     bases = [entry for entry in parameters if entry.name in ("llm", "encoder")]
     parser.add_function_arguments(target, as_positional=True, skip={*flags, *(entry.name for entry in bases)})
