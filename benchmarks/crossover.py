@@ -139,7 +139,8 @@ class Subject:
 
         with forced(self.ladder.op, self.device) as force:
             once = {"eager": timed(crossovers.NEVER, 1), "backend": timed(0, 1)}
-            harness.gate(once, 0.05, f"{self.ladder.op}, {self.name}, size {size}:")
+            what = f"{self.ladder.op}, {self.name}, size {size}"
+            harness.gate("backend", once["backend"](), once["eager"](), 0.05, what)
             seconds = max(_seconds(run, self.device) for run in once.values())
             repeats = math.ceil(SAMPLE_SECONDS / seconds)
             affordable = int(POINT_SECONDS / (2 * seconds * repeats))
