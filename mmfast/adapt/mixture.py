@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -16,9 +16,29 @@ __all__ = ["EXPERT_WEIGHTS", "Route", "add_mixtures", "route_as_told", "route_by
 EXPERT_WEIGHTS = "expert_weights"
 """The argument of a language model that `route_as_told` takes."""
 
-Route: TypeAlias = Callable[[int, MixtureAdapter, Tensor, dict[str, Any]], Tensor]
-"""Weights [B, K], or [B, T, K] of each token, from a layer's index, its adapter, the input x [B, T, H] and the other
-arguments of the attention, of which it takes out its own."""
+Route: TypeAlias = Callable[["LayerMixture", Tensor, dict[str, Any]], Tensor]
+"""Weights [B, K], or [B, T, K] of each token, for a layer's adapter from the input x [B, T, H] and the other arguments
+of the attention, of which it takes out its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMixture:
+    """The hook before one attention. What it reads of itself a compiled layer is bound to: the index is read late."""
+
+    index: int
+    """Of the layer."""
+    adapter: MixtureAdapter
+    route: Route
+
+    def __call__(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        if args:
+            return (self.adapter(args[0], weights=self.route(self, args[0], kwargs)), *args[1:]), kwargs
+        x = kwargs["hidden_states"]
+        kwargs["hidden_states"] = self.adapter(x, weights=self.route(self, x, kwargs))
+        return args, kwargs
 
 
 def add_mixtures(
@@ -37,27 +57,27 @@ def add_mixtures(
         Handles whose `remove()` takes the adapters off.
     """
     return [
-        attention.register_forward_pre_hook(partial(_adapt, index, adapter, route), with_kwargs=True)
+        attention.register_forward_pre_hook(LayerMixture(index, adapter, route), with_kwargs=True)
         for index, (attention, adapter) in enumerate(zip(attentions, adapters, strict=True))
     ]
 
 
-def route_by_token(index: int, adapter: MixtureAdapter, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+def route_by_token(mixture: LayerMixture, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Every token is routed by itself."""
-    return adapter.route(x)
+    return mixture.adapter.route(x)
 
 
-def route_by_first_sample(index: int, adapter: MixtureAdapter, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+def route_by_first_sample(mixture: LayerMixture, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Every token is routed by the token in its place of the batch's first sample, so samples depend on each other."""
-    return adapter.route(x[:1]).expand(len(x), -1, -1)
+    return mixture.adapter.route(x[:1]).expand(len(x), -1, -1)
 
 
-def route_as_told(index: int, adapter: MixtureAdapter, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+def route_as_told(mixture: LayerMixture, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     """The weights that the caller gave the model as `expert_weights`.
 
-    That is a tensor [layers, B, K], or [layers, B, T, K] of each token; a sample's rows may be repeated, side by side,
-    as beam search does. Or it is an empty dictionary: then every sample is routed by its first token, and its weights
-    are put there by layer.
+    That is a tensor [layers, B, K], or [layers, B, T, K] of each token, with 1 in place of `layers` if it is of this
+    layer alone; a sample's rows may be repeated, side by side, as beam search does. Or it is an empty dictionary: then
+    every sample is routed by its first token, and its weights are put there by layer.
 
     Raises:
         RuntimeError: If the model was called without.
@@ -69,18 +89,8 @@ def route_as_told(index: int, adapter: MixtureAdapter, x: Tensor, arguments: dic
             "experts to use; call the system that holds it, or its detach() first"
         )
     if isinstance(given, dict):
-        given[index] = weights = adapter.route(x[:, 0])
+        given[mixture.index] = weights = mixture.adapter.route(x[:, 0])
         return weights
-    weights = given[index]
+    # A graph that reads no index serves every layer.
+    weights = given[0] if len(given) == 1 else given[mixture.index]
     return weights.repeat_interleave(len(x) // len(weights), 0)
-
-
-def _adapt(
-    index: int, adapter: MixtureAdapter, route: Route, attention: nn.Module, args: tuple[Any, ...], kwargs: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs = dict(kwargs)
-    if args:
-        return (adapter(args[0], weights=route(index, adapter, args[0], kwargs)), *args[1:]), kwargs
-    x = kwargs["hidden_states"]
-    kwargs["hidden_states"] = adapter(x, weights=route(index, adapter, x, kwargs))
-    return args, kwargs

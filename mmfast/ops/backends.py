@@ -170,7 +170,9 @@ class Op:
             least = crossovers.least(machine.gpu, self.measured_as, candidate.name, key)
             if size < least:
                 limit = "at every size" if least == crossovers.NEVER else f"below {least}"
-                return f"{what.format(size)}; {limit} the reference is faster"
+                # In a traced graph the size is a symbol, which would become this number if it were written.
+                shown = "few" if torch.compiler.is_compiling() else size
+                return f"{what.format(shown)}; {limit} the reference is faster"
         return None
 
     def select(self, call: Any, machine: Machine, backend: str | None = None) -> str:

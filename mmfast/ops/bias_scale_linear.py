@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -267,7 +268,7 @@ def _fwd_fake(
 ) -> list[Tensor]:
     columns = weights.shape(weight)[0]
     y = x.new_empty((*x.shape[:-1], columns))
-    return [y, x.new_empty((x.shape[:-1].numel(), columns))] if keep_z else [y]
+    return [y, x.new_empty((math.prod(x.shape[:-1]), columns))] if keep_z else [y]
 
 
 def _bwd(

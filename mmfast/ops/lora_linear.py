@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def reference(
     lowered = x if dropout is None else dropouts.reference(x, dropout).to(x.dtype)
     update = F.linear(F.linear(lowered, lora_a.to(x.dtype)), lora_b.to(x.dtype))
     base = F.linear(x, weights.dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
-    return torch.add(base, update, alpha=scaling)
+    return products.add_scaled(base, update, scaling)
 
 
 class Call(NamedTuple):
@@ -281,7 +282,7 @@ def _fwd_fake(
     backend: str,
 ) -> list[Tensor]:
     outputs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_bs]
-    return [*outputs, x.new_empty((x.shape[:-1].numel(), sum(a.shape[0] for a in lora_as)))]
+    return [*outputs, x.new_empty((math.prod(x.shape[:-1]), sum(a.shape[0] for a in lora_as)))]
 
 
 def _bwd(

@@ -93,7 +93,7 @@ def reference(
         update = _merged_update(h, up, up_bias, router, groups)
     else:
         update = _update(h, up, up_bias, router, groups)
-    return torch.add(x, update, alpha=scale).to(dtype)
+    return products.add_scaled(x, update, scale).to(dtype)
 
 
 def _update(h: Tensor, up: Tensor, up_bias: Tensor | None, router: Tensor | None, groups: int) -> Tensor:

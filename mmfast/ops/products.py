@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +28,14 @@ def as_matrix(x: Tensor) -> Tensor:
     """x [..., K] as [M, K], the last stride 1; a copy only where no view can be."""
     matrix = x[None] if x.dim() == 1 else x.flatten(0, -2)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def add_scaled(x: Tensor, update: Tensor, scale: float) -> Tensor:
+    """x + scale · update, for references, whose update may be a product of matrices."""
+    if torch.compiler.is_compiling():
+        # Inductor makes one addmm of add(x, a @ b, alpha=scale), and drops the scale (seen with torch 2.13).
+        return x + scale * update
+    return torch.add(x, update, alpha=scale)
 
 
 def compute_dtype(x: Tensor, backend: str, *, grad: bool = False) -> torch.dtype:
@@ -55,16 +62,20 @@ def multiplies_16_bit(dtype: torch.dtype, backend: str) -> bool:
     return backend == "cpu" and dtype != torch.float32 and _has_products(dtype)
 
 
-@cache
+_found: dict[torch.dtype, bool] = {}
+
+
 def _has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies matrices of this dtype as fast as it should."""
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return name is None or bool(getattr(torch.ops.mkldnn, name)())
+    if dtype not in _found:
+        name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+        _found[dtype] = name is None or bool(getattr(torch.ops.mkldnn, name)())
+    return _found[dtype]
 
 
 # torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,
-# which itself would import all of Dynamo.
-_has_products.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# which itself would import all of Dynamo. (Of a cached function Dynamo warns.)
+_has_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def row_chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:

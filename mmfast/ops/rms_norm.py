@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -212,7 +213,7 @@ def _fwd_fake(
     if residual is not None:
         found.append(x.new_empty(x.shape))
     if keep_rstd:
-        found.append(x.new_empty(x.shape[:-1].numel(), dtype=torch.float32))
+        found.append(x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32))
     return found
 
 

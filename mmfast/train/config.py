@@ -170,6 +170,9 @@ class TrainConfig:
     """What the language model's layers compute again in backward instead of keeping it: none, product (the product in
     the MLP), mlp (the MLP's wide matrices), full (the layer: least memory, about a third more time) or offload (full,
     its inputs kept on the host); or runs of layers such as full*20,none*12."""
+    compile: bool = False
+    """Whether the language model's layers are compiled by `torch.compile`, in training steps alone. Layers of one form
+    share a graph, whatever the length; the first steps take longer, a minute or more. A compiler must be there."""
     packing: bool = False
     """Whether the samples of a micro-batch share one row without padding, in which each attends to itself alone. The
     gradients are the same, and no work is done on padding. For every system but llama_adapter."""
@@ -204,8 +207,10 @@ class TrainConfig:
         bases = (None, self.dtype, "int8", "nf4")
         _check(self.base_dtype in bases, "base_dtype", self.base_dtype, f"null, {', '.join(bases[1:])}")
         _check_recompute("recompute", self.recompute)
-        for name in ("packing", "group_by_length"):
+        for name in ("compile", "packing", "group_by_length"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        if self.compile:
+            self._check_compile()
         _check(isinstance(self.out, str) and self.out != "", "out", self.out, "a folder")
         sources = [self.eval_data] if self.eval_data is None or isinstance(self.eval_data, str) else self.eval_data
         named = isinstance(sources, list) and all(name is None or (isinstance(name, str) and name) for name in sources)
@@ -219,6 +224,24 @@ class TrainConfig:
         allowed_bad(self.max_bad, 1)
         if self.feature_cache is not None:
             _check(str(self.max_bad) == "0", "max_bad", self.max_bad, "0 with a feature_cache, which reads all videos")
+
+    def _check_compile(self) -> None:
+        from mmfast.adapt.compilation import refused_policy
+
+        if self.sharding != "none":
+            raise ValueError(
+                f"config: sharding is {self.sharding!r} and compile is true, but layers that are gathered as they run "
+                'are not compiled; "none" is accepted there; choose one of the two'
+            )
+        chosen = [("recompute", self.recompute), *(("stages.recompute", stage.recompute) for stage in self.stages)]
+        for name, policies in chosen:
+            refused = refused_policy(policies or "none")
+            if refused:
+                raise ValueError(
+                    f"config: {name} is {policies!r} and compile is true, but {refused} works by hooks on saved "
+                    "tensors, which cannot be traced; none, full and offload are accepted there; use full, or set "
+                    "compile to false"
+                )
 
     def check_complete(self) -> None:
         """Raises ValueError naming the first field without which no run can start."""

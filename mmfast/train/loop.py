@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.data import Subset
 
+from mmfast.adapt.compilation import LayerCompiler
 from mmfast.data.budget import spent_budget
 from mmfast.train.advice import explained_out_of_memory
 from mmfast.train.batches import MicroBatch, batches_in_order, make_micro_batches, training_windows
@@ -23,7 +25,7 @@ from mmfast.train.log import Display, StepLog
 from mmfast.train.memory import peak_memory_mb, reset_peak_memory
 from mmfast.train.rng import rng_state, seed_everything, set_rng_state
 from mmfast.train.run import Progress, RunFolder, StageResult, versions
-from mmfast.train.schedule import steps_in_stage, warmup_cosine, warmup_unshifted_cosine
+from mmfast.train.schedule import rate_factor, steps_in_stage
 from mmfast.train.setup import (
     build_model,
     enter_stage,
@@ -98,6 +100,8 @@ class _Run:
     stop: StopRequest
     held_out: HeldOut
     sources: Sources
+    compiled: Callable[[nn.Module], AbstractContextManager[Any]]
+    """In which the layers of a model compute: compiled, if they are to be."""
 
 
 @dataclass
@@ -142,7 +146,8 @@ def train(
         ImportError: If the optimiser needs a package that is missing or too old.
         OSError: If something cannot be written, as on a full disk; what was saved before stays whole.
         RuntimeError: If more than `config.max_nonfinite_steps` steps had to be skipped, more than `config.max_bad`
-            samples are bad, or something that should train gets no gradient.
+            samples are bad, something that should train gets no gradient, or `config.compile` is set and there is no
+            compiler or a layer cannot be compiled.
         TrainingInterrupted: After a checkpoint was written because of SIGTERM or Ctrl-C.
     """
     from accelerate import Accelerator
@@ -156,6 +161,7 @@ def train(
         raise ValueError(
             'train: after_stage is given, but with sharding "fsdp" no process has the whole model; "none" is accepted'
         )
+    compiled = LayerCompiler(accelerator.device).applied if config.compile else nullcontext
     folder = RunFolder(config.out)
     # One process after the other: the first may have to move a damaged checkpoint out of the way.
     with accelerator.main_process_first():
@@ -177,7 +183,7 @@ def train(
         StepLog(folder.log, progress.total_steps, accelerator.is_main_process) as log,
         StopRequest() as stop,
     ):
-        run = _Run(config, folder, accelerator, model, progress, log, stop, held_out, sources)
+        run = _Run(config, folder, accelerator, model, progress, log, stop, held_out, sources, compiled)
         del model
         for index in range(progress.stage, len(stages)):
             if is_sharded(run.model):
@@ -258,6 +264,8 @@ def _begin_stage(run: _Run, stage: Stage, checkpoint: Checkpoint | None) -> _Run
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     accelerator.print(f"\nstage {stage.name}: {total} steps of {config.batch_size} samples")
     accelerator.print(model.parameter_table())
+    if run.config.compile:
+        accelerator.print("train: the layers are compiled as they are first met: the first steps take longer")
     micro_batch_size = config.micro_batch_size or math.ceil(config.batch_size / accelerator.num_processes)
     _try_longest(run, stage, dataset, longest[:micro_batch_size])
     seed_everything(seed + accelerator.process_index)
@@ -287,7 +295,8 @@ def _try_longest(run: _Run, stage: Stage, dataset: JoinedDataset, indices: list[
         return
     run.model.train()
     batches = make_micro_batches(dataset, indices, stage.routes is not None, run.config.packing)
-    accumulate_gradients(run.model, batches, run.accelerator, torch_dtype(run.config), stage)
+    with run.compiled(run.model.language_model):
+        accumulate_gradients(run.model, batches, run.accelerator, torch_dtype(run.config), stage)
     run.model.zero_grad(set_to_none=True)
     tokens = max(batch.inputs["input_ids"].shape[1] for batch in batches)
     peak = peak_memory_mb(run.accelerator.device)
@@ -355,7 +364,8 @@ def _optimizer_step(run: _Run, running: _RunningStage, window: list[MicroBatch])
     def clip() -> list[torch.Tensor]:
         return [clip_gradients(group, running.config.max_grad_norm) for group in running.clipped]
 
-    result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config), stage, clip)
+    with run.compiled(run.model.language_model):
+        result = accumulate_gradients(run.model, window, run.accelerator, torch_dtype(run.config), stage, clip)
     norm = math.hypot(*result.norms)
     finite = math.isfinite(result.loss) and math.isfinite(norm)
     if finite:
@@ -451,13 +461,7 @@ def _needed_kinds(stage: Stage) -> set[str]:
 
 
 def _set_rates(running: _RunningStage, step: int) -> dict[str, float]:
-    config = running.config
-    if config.schedule == "cosine":
-        factor = warmup_cosine(step, running.total, config.warmup_ratio)
-    else:
-        factor = warmup_unshifted_cosine(
-            step, running.total, config.warmup_ratio, config.start_factor, config.end_factor
-        )
+    factor = rate_factor(running.config, step, running.total)
     for group in running.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return {group["name"]: group["lr"] for group in running.optimizer.param_groups}

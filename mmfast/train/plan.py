@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from mmfast.adapt.compilation import refused_policy
 from mmfast.adapt.optimize import optimize
 from mmfast.adapt.packing import attend_by_samples
 from mmfast.adapt.recompute import decoder_layers, parse_policies, recompute
@@ -253,6 +254,8 @@ class _StageOnPaper:
 
     def allows(self, policy: str) -> bool:
         """Whether the layers can be computed again in this way."""
+        if self.config.compile and refused_policy(policy):
+            return False
         try:
             recompute(self._model.language_model, policy)
         except ValueError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["steps_in_stage", "warmup_cosine", "warmup_unshifted_cosine"]
+from mmfast.train.config import StageConfig
+
+__all__ = ["rate_factor", "steps_in_stage", "warmup_cosine", "warmup_unshifted_cosine"]
 
 
 def warmup_cosine(step: int, total: int, warmup_ratio: float) -> float:
@@ -44,6 +46,13 @@ def warmup_unshifted_cosine(step: int, total: int, warmup_ratio: float, start: f
     if step < warmup:
         return start + (1 - start) * step / warmup
     return end + (1 - end) * 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def rate_factor(config: StageConfig, step: int, total: int) -> float:
+    """Factor on the peak learning rates in step `step` of `total`, counted from 0, by the stage's schedule."""
+    if config.schedule == "cosine":
+        return warmup_cosine(step, total, config.warmup_ratio)
+    return warmup_unshifted_cosine(step, total, config.warmup_ratio, config.start_factor, config.end_factor)
 
 
 def steps_in_stage(samples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:

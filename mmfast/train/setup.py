@@ -76,7 +76,9 @@ def build_model(config: TrainConfig) -> MultimodalModel:
         _start_from(model, config.start_from)
     if config.optimize:
         optimize(model.language_model)
-    attend_by_samples(model.language_model)
+    if not (config.compile and config.packing):
+        # A loop over the samples would be another graph for each number of them: there a mask keeps them apart.
+        attend_by_samples(model.language_model)
     return model
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import products
+from mmfast.ops.lora_linear import reference as lora_reference
+from mmfast.ops.mixture_adapter import reference as adapter_reference
 
 FAST = {True: "with 16-bit products", False: "without"}
 
@@ -77,3 +79,14 @@ def test_autocast_does_not_touch_them() -> None:
         products.linear_grad(out_grad, grad, [weight], "cpu")
     torch.testing.assert_close(out, x @ weight.bfloat16().float().t())
     torch.testing.assert_close(out_grad, grad @ weight)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
+def test_compiled_references_keep_the_scale_of_an_update(shape: tuple[int, ...]) -> None:
+    """Of matrices too, whose sum with a product inductor makes one op that has no scale."""
+    x, weight, a, b = torch.randn(shape), torch.randn(8, 8), torch.randn(4, 8), torch.randn(8, 4)
+    lora = torch.compile(lora_reference, dynamic=False)(x, weight, a, b, 2.0)
+    torch.testing.assert_close(lora, lora_reference(x, weight, a, b, 2.0))
+    arguments = x, a, None, b[None], None, None, 2.0
+    adapter = torch.compile(adapter_reference, dynamic=False)(*arguments)
+    torch.testing.assert_close(adapter, adapter_reference(*arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -138,22 +139,33 @@ class _AtRows(GradientCheckpointingLayer):
         self.layer = layer
         self.rows = rows
         self.training = layer.training
+        # A copy that shares all but the output projection: `torch.compile` traces no hook that is set inside.
+        self.attention = copy.copy(layer.self_attn)
+        self.attention._modules = {**layer.self_attn._modules, "o_proj": _OfRows(layer.self_attn.o_proj, rows)}
         self.gradient_checkpointing = layer.gradient_checkpointing
         if layer.gradient_checkpointing:
             self._gradient_checkpointing_func = layer._gradient_checkpointing_func
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        layer, attention = self.layer, self.layer.self_attn
-        hook = attention.o_proj.register_forward_pre_hook(self._take_input)
-        try:
-            attended, _ = attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-        finally:
-            hook.remove()
-        normed, residual = add_and_norm(layer.post_attention_layernorm, attended, self._take(hidden_states))
+        layer = self.layer
+        attended, _ = self.attention(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        residual = _take(hidden_states, self.rows)
+        normed, residual = add_and_norm(layer.post_attention_layernorm, attended, residual)
         return residual + layer.mlp(normed)
 
-    def _take_input(self, module: nn.Module, arguments: tuple[Tensor]) -> Tensor:
-        return self._take(*arguments)
 
-    def _take(self, states: Tensor) -> Tensor:
-        return states.flatten(0, -2).index_select(0, self.rows.to(states.device))
+class _OfRows(nn.Module):
+    """A projection of n of the positions in what it is given."""
+
+    def __init__(self, projection: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.projection = projection
+        self.rows = rows
+        self.training = projection.training
+
+    def forward(self, states: Tensor) -> Any:
+        return self.projection(_take(states, self.rows))
+
+
+def _take(states: Tensor, rows: Tensor) -> Tensor:
+    return states.flatten(0, -2).index_select(0, rows.to(states.device))
