@@ -79,11 +79,6 @@ def _swiglu(size: int, dtype: torch.dtype, device: str) -> Arguments:
     return tuple(_some(size // 1024, 1024, dtype=dtype, device=device) for _ in range(2))
 
 
-def _rms_norm(size: int, dtype: torch.dtype, device: str) -> Arguments:
-    x, residual = _swiglu(size, dtype, device)
-    return x, _some(1024, dtype=dtype, device=device), 1e-6, residual
-
-
 def _rope(size: int, dtype: torch.dtype, device: str) -> Arguments:
     length = size // 1024
     q, k = (_some(1, length, 8, 64, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
@@ -180,7 +175,6 @@ YES, BOTH = (True,), (False, True)
 LADDERS = (
     Ladder("swiglu", "forward", 12, 21, _swiglu, FLOATS),
     Ladder("swiglu", "backward", 13, 21, _swiglu, FLOATS, YES, (0, 1)),
-    Ladder("rms_norm", "float16 residual forward", 14, 24, _rms_norm, (torch.float16,)),
     Ladder("rope", "float16 forward", 12, 24, _rope, (torch.float16,)),
     Ladder("rope", "float16 backward", 12, 22, _rope, (torch.float16,), YES, (0, 1)),
     Ladder("gated_residual", "float32", 12, 22, _gated_residual, (torch.float32,), BOTH, (0, 1, 2)),

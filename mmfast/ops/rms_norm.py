@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, crossovers, extension
-from mmfast.ops.backends import Backend, Machine, Op, Size
+from mmfast.ops import backends, extension
+from mmfast.ops.backends import Backend, Machine, Op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # The Triton kernels hold a row in registers, of which backward needs five for each element.
 TRITON_WIDTH = 8192
-# Elements of a sum from which, in fp16 and without a gradient, the kernel is faster on a CPU: PyTorch converts fp16 by
-# instructions that the kernel cannot assume. All else is as fast at every size.
-KEY = "float16 residual forward"
-LEAST = crossovers.CPU.cpu("rms_norm")
 
 
 def reference(
@@ -108,30 +104,11 @@ def _triton_cannot(call: Call, machine: Machine) -> str | None:
     return _no_float64(call, machine)
 
 
-def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
-    if call.x.dtype != torch.float16 or call.residual is None or call.differentiated:
-        return ()
-    return (Size(KEY, call.x.numel(), "x, in fp16 and with a residual, has {} elements"),)
-
-
 OP = Op(
     "rms_norm",
     check,
     (Backend("cpu", _no_float64), Backend("triton", _triton_cannot), Backend("reference")),
-    _sizes,
 )
-
-
-def _is_small(x: Tensor, weight: Tensor, residual: Tensor | None, backend: str | None) -> bool:
-    """Whether `OP.select` would take the reference for a call without mistakes."""
-    if residual is None or x.dtype != torch.float16 or x.numel() >= LEAST[KEY]:
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or residual.requires_grad):
-        return False
-    # Shapes and dtypes that broadcasting and promotion could let pass are left to the check.
-    shape = x.shape
-    alike = residual.shape == shape and residual.dtype == x.dtype and weight.shape == shape[-1:] and x.dim() > 0
-    return alike and backends.plain((x, weight, residual), backend)
 
 
 class Steps(NamedTuple):
@@ -323,8 +300,6 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (arXiv 1910.07467).
     """
-    if _is_small(x, weight, residual, backend):
-        return backends.checked_late(reference, check, x, weight, eps, residual)
     call = check(x, weight, eps, residual)
     chosen = OP.select(call, backends.machine(x.device), backend)
     if chosen == "reference":

@@ -152,6 +152,8 @@ def _check_other(words: list[str]) -> None:
         case ["pip", "install", what] if what.startswith((".", "mmfast")):
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert set(re.findall(r"\w+", what.partition("[")[2])) <= set(extras)
+        case ["ssh", *_]:
+            pass
         case ["python", script, *_] | [script] | [script, _] if script.endswith((".py", ".sh")):
             assert (ROOT / script).is_file()
         case _:

@@ -84,7 +84,7 @@ def test_without_a_cache_folder_of_its_own_the_user_has_the_usual_one(monkeypatc
         ("[]", "it names no device"),
         ({"device": 3, "ops": {}}, "it names no device"),
         ({"device": "x"}, "ops is None; expected an object"),
-        ({"device": "x", "ops": {"swish": {}}}, "ops has 'swish'; expected any of 'swiglu', 'rms_norm'"),
+        ({"device": "x", "ops": {"swish": {}}}, "ops has 'swish'; expected any of 'swiglu', 'rope'"),
         (
             {"device": "x", "ops": {"swiglu": {"gpu": {}}}},
             "ops.swiglu has 'gpu'; expected any of 'cpu', 'triton', 'cuda'",
