@@ -62,6 +62,7 @@ class Read:
 CHANGES: dict[str, More | Read] = {
     ".venv/bin/mmfast chat": More("--max-new-tokens 4"),
     ".venv/bin/mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
+    "mmfast bench spatio_temporal_pool": More("--rounds 5 --untested"),
     "mmfast bench crossover": Read("minutes on a quiet machine; tests/benchmarks/test_crossover.py"),
     "mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
     "mmfast quickstart": Read("a minute; tests/evaluate/test_quickstart.py"),

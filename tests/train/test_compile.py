@@ -116,18 +116,15 @@ def test_inductor_computes_what_the_layers_do(make_config: MakeConfig, monkeypat
 def test_a_compiled_run_continues_bit_for_bit(
     make_config: MakeConfig, train_until_crash: Callable[[TrainConfig, int], None], tmp_path: Path
 ) -> None:
-    """With dropout; and what it writes has the names of a run without."""
+    """With dropout; and what it writes has the names of layers as they are."""
     config = lora_alone(make_config(save_every=1))
     whole = losses(config, tmp_path / "whole", compile=True)
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"), compile=True)
     train_until_crash(broken, 3)
     train(broken, resume=True)
     assert [json.loads(line)["loss"] for line in (tmp_path / "broken" / "log.jsonl").open()] == whole
-    losses(config, tmp_path / "plain")
-    names = [
-        set(safe_open(tmp_path / run / "model" / "trained.safetensors", "pt").keys()) for run in ("whole", "plain")
-    ]
-    assert names[0] == names[1] != set()
+    names = safe_open(tmp_path / "broken" / "model" / "trained.safetensors", "pt").keys()
+    assert any("lora" in name for name in names) and not any("_orig_mod" in name for name in names)
 
 
 def test_nothing_is_compiled_but_steps(make_config: MakeConfig, data: str) -> None:
@@ -140,7 +137,7 @@ def test_nothing_is_compiled_but_steps(make_config: MakeConfig, data: str) -> No
             model.generate(torch.full((1, length), 7), max_new_tokens=3)
         seen.append(graphs() - before)
 
-    config = lora_alone(make_config(compile=True, eval_data=data, eval_every=2))
+    config = lora_alone(make_config(compile=True, lora={"lora_dropout": 0.0}, eval_data=data, eval_every=2))
     result = train(config, after_stage=after)
     assert seen == [0]
     model = result.model.train()
