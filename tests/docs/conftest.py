@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mmfast.data.samples import content_parts
 from mmfast.models import Llava
@@ -49,12 +50,33 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, split in DATA.items():
         records = [_record(sample, folder / "images") for sample in samples(split)[:6]]
         (folder / name).write_text(json.dumps(records))
+    (folder / "alpaca_data.json").write_text(
+        json.dumps([{"instruction": f"Count to {n}.", "input": "", "output": "1 2 3"} for n in range(6)])
+    )
+    problem = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None, "subject": "maps"}
+    problem |= {"lecture": "", "solution": ""}
+    problems = {str(n): problem | {"split": "train" if n < 6 else "test"} for n in range(9)}
+    (folder / "ScienceQA").mkdir()
+    (folder / "ScienceQA" / "problems.json").write_text(json.dumps(problems))
+    _write_videos(folder)
     picture = next((folder / "images").iterdir())
     for name in PICTURES:  # what a file is, its content tells
         shutil.copy(picture, folder / name)
     (folder / "images" / "images").symlink_to(".")  # paths hold with --media_folder images and without
     to_original(Llava.from_parts("world", "world"), folder / "mm_projector.bin")
     return folder
+
+
+def _write_videos(folder: Path) -> None:
+    (folder / "videos").mkdir()
+    frames = [Image.new("L", (32, 32), 8 * index) for index in range(12)]
+    frames[0].save(folder / "videos" / "v_1.gif", save_all=True, append_images=frames[1:])
+    shutil.copy(folder / "videos" / "v_1.gif", folder / "clip.mp4")
+    asked = [{"q": "What happens?", "a": "it grows", "video_id": "v_1"}] * 6
+    (folder / "VideoInstruct_Dataset.json").write_text(json.dumps(asked))
+    parts = [{"type": "video", "video": "videos/v_1.gif"}, {"type": "text", "text": "What happens?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "it grows"}]
+    (folder / "held-out-videos.json").write_text(json.dumps([{"id": "1", "messages": messages}]))
 
 
 @pytest.fixture(scope="session")

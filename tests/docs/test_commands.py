@@ -33,13 +33,7 @@ GIVEN = {
     "docs/scaling.md": {"runs/a": "llava-world"},
     "docs/systems/high_resolution.md": {"runs/hd": "llava-hd-world"},
     "docs/systems/index.md": {"runs/b": "minigpt4-world"},
-    "docs/systems/lavin.md": {"runs/lavin": "lavin-world"},
-    "docs/systems/llama_adapter.md": {
-        "runs/llama-adapter": "llama-adapter-v1-world",
-        "runs/llama-adapter-v2": "llama-adapter-v2-world",
-    },
     "docs/systems/minigpt4.md": {"runs/minigpt4": "minigpt4-world"},
-    "docs/systems/video_chatgpt.md": {"runs/video-chatgpt": "video-chatgpt-world"},
     "docs/training.md": {"runs/align": "llava-world/align"},
 }
 
@@ -68,19 +62,14 @@ CHANGES: dict[str, More | Read] = {
     "mmfast quickstart": Read("a minute; tests/evaluate/test_quickstart.py"),
     "mmfast chat": More("--max-new-tokens 4"),
     "mmfast convert checkpoint_4.pth": Read("files of MiniGPT-4 and BLIP-2; tests/models/test_minigpt4_original.py"),
-    "mmfast convert llama-adapter-original": Read("a run on text; tests/models/test_llama_adapter_original.py"),
-    "mmfast export runs/llama-adapter llama-adapter-original": Read("as above"),
     "mmfast convert minigpt4-original": Read("files of BLIP-2; tests/models/test_minigpt4_original.py"),
-    "mmfast eval runs/lavin --data scienceqa": Read("ScienceQA; tests/train/test_formats.py"),
-    "mmfast eval runs/video-chatgpt --data held-out-videos": Read("videos; tests/train/test_video.py"),
-    "mmfast chat runs/video-chatgpt --video": Read("a video; tests/generate/test_chat.py"),
     "mmfast estimate llava-1.5-lora --gpu": More("--llm path/to/vicuna-7b --encoder path/to/clip-vit-l-14-336"),
-    "mmfast train lavin-7b": Read("ScienceQA; tests/train/test_lavin.py"),
+    "mmfast train llama-adapter-v1-7b": More("--options.prompt_layers 3"),
+    "mmfast train llama-adapter-v2-7b": More("--options.prompt_layers 3"),
     "mmfast train llama-adapter": Read("more layers than the small model has; tests/train/test_llama_adapter.py"),
     "mmfast train llava-1.5-hd": Read("more tiles than fit into the small model; tests/train/test_anyres.py"),
     "mmfast train minigpt-v2-7b": Read("files of BLIP-2; tests/train/test_minigpt4.py"),
     "mmfast train minigpt4-7b": Read("files of BLIP-2; tests/train/test_minigpt4.py"),
-    "mmfast train video-chatgpt-7b": Read("videos; tests/train/test_video.py"),
     "mmfast train video-chatgpt-world": Read("minutes; tests/train/test_video.py trains it"),
 }
 
