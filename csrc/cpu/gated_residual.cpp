@@ -20,16 +20,8 @@ MMFAST_INLINE void add_gated(const T* x, const T* y, const float* factor, T* out
 }  // namespace
 }  // namespace mmfast
 
-#if defined(__x86_64__)
-#define MMFAST_LANES MMFAST_AVX2
-#define MMFAST_NAMESPACE avx2
-#include "gated_residual.inc"
-#undef MMFAST_LANES
-#undef MMFAST_NAMESPACE
-#define MMFAST_LANES MMFAST_AVX512
-#define MMFAST_NAMESPACE avx512
-#include "gated_residual.inc"
-#endif
+#define MMFAST_FILE "gated_residual.inc"
+#include "each_width.inc"
 
 namespace mmfast {
 namespace {

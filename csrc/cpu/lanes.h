@@ -1,7 +1,7 @@
 // Vectors of 8 floats (AVX2) or 16 (AVX-512) with operators, and their loads and stores in any float dtype.
 //
-// A kernel that is written with them stands in a file that is included twice, in namespace avx2 and in namespace avx512,
-// with MMFAST_LANES as the attribute of every function: a template's own attribute cannot depend on its arguments.
+// A kernel that is written with them stands in a file that each_width.inc includes twice, in namespace avx2 and in namespace
+// avx512, with MMFAST_LANES as the attribute of every function: a template's own attribute cannot depend on its arguments.
 #pragma once
 
 #include <cstdint>
@@ -89,15 +89,7 @@ MMFAST_AVX512 MMFAST_INLINE Floats round_to_float16(Floats x) {
 
 }  // namespace mmfast
 
-#define MMFAST_LANES MMFAST_AVX2
-#define MMFAST_NAMESPACE avx2
-#include "lanes.inc"
-#undef MMFAST_LANES
-#undef MMFAST_NAMESPACE
-#define MMFAST_LANES MMFAST_AVX512
-#define MMFAST_NAMESPACE avx512
-#include "lanes.inc"
-#undef MMFAST_LANES
-#undef MMFAST_NAMESPACE
+#define MMFAST_FILE "lanes.inc"
+#include "each_width.inc"
 
 #endif

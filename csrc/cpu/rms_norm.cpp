@@ -127,16 +127,8 @@ void backward_all(const Backward<T, W>& b, int64_t first, int64_t last, float* p
 }  // namespace
 }  // namespace mmfast
 
-#if defined(__x86_64__)
-#define MMFAST_LANES MMFAST_AVX2
-#define MMFAST_NAMESPACE avx2
-#include "rms_norm.inc"
-#undef MMFAST_LANES
-#undef MMFAST_NAMESPACE
-#define MMFAST_LANES MMFAST_AVX512
-#define MMFAST_NAMESPACE avx512
-#include "rms_norm.inc"
-#endif
+#define MMFAST_FILE "rms_norm.inc"
+#include "each_width.inc"
 
 namespace mmfast {
 namespace {

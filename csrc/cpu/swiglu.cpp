@@ -44,16 +44,8 @@ MMFAST_INLINE void backward(const T* grad, const T* gate, const T* up, T* grad_g
 }  // namespace
 }  // namespace mmfast
 
-#if defined(__x86_64__)
-#define MMFAST_LANES MMFAST_AVX2
-#define MMFAST_NAMESPACE avx2
-#include "swiglu.inc"
-#undef MMFAST_LANES
-#undef MMFAST_NAMESPACE
-#define MMFAST_LANES MMFAST_AVX512
-#define MMFAST_NAMESPACE avx512
-#include "swiglu.inc"
-#endif
+#define MMFAST_FILE "swiglu.inc"
+#include "each_width.inc"
 
 namespace mmfast {
 namespace {
