@@ -66,6 +66,13 @@ class Picture:
 
 IMAGE = Part("image", (), "", 66, "3×{a.pixels}×{a.pixels}")
 ANSWER = Cell("a cat.</s>", 80, "answer")
+VISUAL_BRANCH = Part(
+    "visual branch",
+    ("{a.options.visual_depth} blocks, {a.options.visual_length} queries",),
+    "{a.parts[connector]:,}",
+    158,
+    "{a.options.visual_length}×{a.width}",
+)
 
 DRAWN = {
     "llava": Picture(
@@ -226,13 +233,7 @@ DRAWN = {
         [
             IMAGE,
             Part("CLIP ViT-L/14", ("all tokens, after", "the last norm"), None, 158, "{a.features}×{a.feature_width}"),
-            Part(
-                "visual branch",
-                ("{a.options.visual_depth} blocks, {a.options.visual_length} queries",),
-                "{a.parts[connector]:,}",
-                158,
-                "{a.options.visual_length}×{a.width}",
-            ),
+            VISUAL_BRANCH,
         ],
         [Cell("### Instruction: What is this? ### Response:", 320), ANSWER],
         Part("LLaMA, {a.layers} layers"),
@@ -265,13 +266,7 @@ DRAWN = {
                 158,
                 "{a.features}×{a.feature_width}",
             ),
-            Part(
-                "visual branch",
-                ("{a.options.visual_depth} blocks, {a.options.visual_length} queries",),
-                "{a.parts[connector]:,}",
-                158,
-                "{a.options.visual_length}×{a.width}",
-            ),
+            VISUAL_BRANCH,
         ],
         [Cell("### Instruction: What is this? ### Response:", 320), ANSWER],
         Part("LLaMA, {a.layers} layers"),
