@@ -463,17 +463,23 @@ def peak_extra_bytes(provider: Provider, device: str = "cpu") -> int:
         provider()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return allocated_bytes(provider)[0]
+
+
+def allocated_bytes(provider: Provider) -> tuple[int, int]:
+    """What PyTorch's CPU allocator hands out beyond what there was: at the peak, and while the result is alive."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else two lines on stderr for each profile
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        provider()
+        result = provider()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    del result
+    return peak, held
 
 
 # ---- what a figure must stand beside

@@ -60,7 +60,7 @@ def bench(
         untested: Does not run the op's own tests first. Results are compared all the same.
 
     Raises:
-        ValueError: There is no such op or device.
+        ValueError: There is no such op or device, or a number is below 1.
         RuntimeError: A result is wrong, or a test of the op fails; nothing was timed.
     """
     known = [*op_names(), *SYSTEMS]
@@ -71,9 +71,10 @@ def bench(
         raise ValueError(f"bench: device is {device!r}; cpu and cuda are accepted")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: device is 'cuda', and PyTorch sees no CUDA device; use --device cpu")
-    if rounds < 1:
-        raise ValueError(f"bench: rounds is {rounds}; 1 or more are accepted")
-    if threads:
+    for name, number in (("rounds", rounds), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ValueError(f"bench: {name} is {number}; 1 or more are accepted")
+    if threads is not None:
         torch.set_num_threads(threads)
     if device == "cpu":
         harness.allow_buffer_reuse()

@@ -149,6 +149,7 @@ def test_cases_of_one_name_in_two_tables_are_kept_apart() -> None:
         (["swiglo"], "there is no benchmark 'swiglo'; there are bias_scale_linear, "),
         (["swiglu", "--device", "tpu"], "device is 'tpu'; cpu and cuda are accepted"),
         (["swiglu", "--rounds", "0"], "rounds is 0; 1 or more are accepted"),
+        (["swiglu", "--threads", "0"], "threads is 0; 1 or more are accepted"),
     ],
 )
 def test_bad_command_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from allocated import peak_bytes
 from safetensors.torch import load_file
 
+from mmfast.benchmarks.harness import peak_extra_bytes
 from mmfast.evaluate.samples import open_samples
 from mmfast.models import Llava, open_model
 from mmfast.train import TrainConfig, loop, train
@@ -101,7 +101,7 @@ def test_memory_does_not_grow_with_the_samples(make_config: MakeConfig, data: st
     batches = list(batches_in_order(HeldOut(make_config(eval_data=data)).dataset(model.processor), 2))  # type: ignore[arg-type]
     accelerator = Accelerator(cpu=True)
     once, often = (
-        peak_bytes(lambda times=times: held_out_loss(model, batches * times, accelerator, torch.float32))  # type: ignore[misc]
+        peak_extra_bytes(lambda times=times: held_out_loss(model, batches * times, accelerator, torch.float32))  # type: ignore[misc]
         for times in (1, 4)
     )
     assert often == once

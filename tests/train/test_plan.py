@@ -8,43 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from allocated import peak_bytes
 
 from mmfast.adapt import quantize_checkpoint
+from mmfast.benchmarks.bench_plan import prepared, step_peak
 from mmfast.train import TrainConfig, load_config, load_recipe, train
 from mmfast.train import loop as loop_module
 from mmfast.train.batches import MicroBatch, micro_batch
 from mmfast.train.estimate import estimate
 from mmfast.train.plan import PlanError, fit, parse_bytes, plan_stage
-from mmfast.train.setup import build_model, enter_stage, resolve_stage, set_recompute, torch_dtype
 from mmfast.train.step import accumulate_gradients
 
 GB = 10**9
-
-
-def prepared(config: TrainConfig, index: int) -> tuple[Any, Any]:
-    """The real model in a stage."""
-    model = build_model(config)
-    for stage_config in config.stages[: index + 1]:
-        stage = resolve_stage(model, stage_config)
-        enter_stage(model, stage, torch.device("cpu"))
-    set_recompute(model, config, index)
-    return model.train(), stage
 
 
 def measured(config: TrainConfig, index: int, size: int, length: int, windows: int) -> int:
     """The peak of a step beyond weights and inputs."""
     model, stage = prepared(config, index)
     batches = [micro_batch(["a"] * size, model.example_inputs(size, length))] * windows
-    accelerator = Accelerator(cpu=True)
-
-    def run() -> None:
-        accumulate_gradients(model, batches, accelerator, torch_dtype(config), stage)
-
-    run()  # what is allocated once is there afterwards
-    model.zero_grad(set_to_none=True)
-    return peak_bytes(run)
+    return step_peak(config, model, stage, batches)
 
 
 @pytest.mark.parametrize(
