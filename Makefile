@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests. Each has the threads of all cores, so a waiting thread must not spin.
+WORKERS ?= auto
 # A folder of the checkout on sys.path would make `kernels/` importable under another package's name.
 export PYTHONSAFEPATH := 1
 
@@ -23,7 +25,7 @@ demo: env
 	$(BIN)/mmfast quickstart
 
 test: env compile
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 compile: env
 	$(BIN)/python scripts/compile_kernels.py

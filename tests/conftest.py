@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before anything imports transformers: no test may reach for the network.
@@ -14,6 +15,10 @@ os.environ["MMFAST_CROSSOVERS"] = str(Path(__file__).parents[1] / "mmfast" / "op
 
 import pytest
 import torch
+
+# A shell starts what it puts into the background deaf to Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports Triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -187,6 +187,7 @@ def test_pytest_benchmark_gets_the_samples_that_were_taken(tmp_path: Path) -> No
     target = tmp_path / "found.json"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", "rope and forward", "--bench-quick"]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # in whose processes pytest-benchmark measures nothing
     ran = subprocess.run(
         [*command, "--bench-untested", "-p", "no:cacheprovider", f"--benchmark-json={target}"],
         cwd=ROOT,
