@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from mmfast.train import StageConfig, TrainConfig, save_config, train
 MakeConfig = Callable[..., TrainConfig]
 PROGRAM = """
 import os, signal, sys
+from mmfast.adapt import compilation
 from mmfast.train import load_config, train
 from mmfast.train.log import StepLog
 
+compilation.BACKEND = "eager"  # traced as ever, but run by PyTorch's own kernels: quick
 write = StepLog.write
 
 def interrupt(log, record):
@@ -32,7 +35,12 @@ def interrupt(log, record):
         os.kill(os.getpid(), signal.SIGTERM)
 
 StepLog.write = interrupt
-train(load_config(sys.argv[1]), resume="--resume" in sys.argv)
+config = load_config(sys.argv[1])
+train(config, resume="--resume" in sys.argv)
+if config.compile:
+    from torch._dynamo.utils import counters
+
+    print("graphs:", counters["stats"]["unique_graphs"])
 """
 
 
@@ -141,6 +149,19 @@ def test_sharded_processes_are_one(single: TrainConfig, tmp_path: Path) -> None:
     alone = replace(back_to(sharded, 9, tmp_path / "alone"), sharding="none")
     train(alone, resume=True)
     assert_same_losses(single, alone)
+
+
+def test_two_processes_with_compiled_layers_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Unequal shares of batches; what they leave in memory and on the disk is that of layers as they are."""
+    config = make_config(lora={"lora_dropout": 0.0, "batch_size": 3, "micro_batch_size": 1, "max_steps": 5})
+    config = replace(config, stages=config.stages[1:], out=str(tmp_path / "single"))
+    train(config)
+    compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
+    graphs = re.findall(r"^graphs: (\d+)$", launch(compiled), re.MULTILINE)
+    assert len(graphs) == 2 and all(0 < int(count) <= 4 for count in graphs)
+    losses = [[line["loss"] for line in read_log(run)] for run in (config, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert read_model(compiled).keys() == read_model(config).keys()
 
 
 def test_a_sharded_step_is_that_of_the_whole_model(make_config: MakeConfig, backbones: Any, tmp_path: Path) -> None:
