@@ -42,8 +42,9 @@ def rewritten(root: Path, results: Path) -> dict[Path, str]:
     compared = results / "cpu/compare.json"
     if compared.is_file():
         documents[root / "README.md"]["compare"] = markdown(json.loads(compared.read_text())["systems"])
-    if "plan" in cpu:
-        documents[root / "docs/memory.md"] = {"plan": plans(cpu["plan"])}
+    for page, mark, table in OTHERS:
+        if mark in cpu:
+            documents.setdefault(root / page, {})[mark] = table(cpu[mark])
     for op in suite.op_names():
         page = root / f"docs/ops/{PAGES.get(op, op)}.md"
         measured = [op_tables(found[op]) for found in (cpu, *gpus.values()) if op in found]
@@ -215,7 +216,54 @@ def _is_of(row: Row, case: str, mode: str) -> bool:
     return "ms" in row and row.get("timing") == "eager" and (row["case"], row.get("mode")) == (case, mode)
 
 
-# ---- docs/memory.md
+# ---- pages of no op
+
+
+BEFORE_AND_AFTER = ("before", "after", "times as fast", "peak before", "peak after")
+
+
+def _before_and_after(before: Row, after: Row) -> list[str]:
+    times, peaks = ([row[key] for row in (before, after)] for key in ("ms", "peak MiB"))
+    ratio = f"**{times[0] / times[1]:.2f}**"
+    return [*(f"{number(ms)} ms" for ms in times), ratio, *(f"{number(peak)} MiB" for peak in peaks)]
+
+
+def trained(document: Mapping[str, Any]) -> str:
+    """Training steps before and after `optimize`, plain and with checkpointing; how far the losses of both differ."""
+    lines = [_line(["step", *BEFORE_AND_AFTER, "tokens/s after", "peak after / before"]), "|---" + "|--:" * 7 + "|"]
+    for case, of in by_case([row for row in document["rows"] if "ms" in row]):
+        for suffix in ("", "_checkpointing"):
+            before, after = of["hf_peft" + suffix], of["mmfast" + suffix]
+            cells = [str(after["tokens/s"]), f"{after['peak MiB'] / before['peak MiB']:.2f}"]
+            lines.append(_line([case + suffix.replace("_", ", "), *_before_and_after(before, after), *cells]))
+    found = {row["provider"]: row for row in document["rows"] if "max difference" in row}
+    if found:
+        ours, rounded = (f"{found[name]['max difference']:.0e}" for name in ("mmfast", "hf_peft rounded"))
+        between = f"{ours} between before and after, {rounded} between two of before, a rounding error apart"
+        lines += ["", f"Largest difference in the {found['mmfast']['case']}: {between}."]
+    return "\n".join([*lines, "", f"{origin(document)}."])
+
+
+def optimized(document: Mapping[str, Any]) -> str:
+    """A step before and after `optimize`, and how many times as fast it is with each op alone."""
+    cases = by_case(document["rows"])
+    ops = list(dict.fromkeys(name for _, of in cases for name in of if name.startswith("mmfast:")))
+    heads = [f"`{name.removeprefix('mmfast:')}` alone" for name in ops]
+    lines = [_line(["step", *BEFORE_AND_AFTER, *heads]), "|---" + "|--:" * (5 + len(ops)) + "|"]
+    for case, of in cases:
+        alone = [f"{of[name]['ratio']:.2f}" if name in of else "" for name in ops]
+        lines.append(_line([case, *_before_and_after(of["eager"], of["mmfast"]), *alone]))
+    return "\n".join([*lines, "", f"{origin(document)}."])
+
+
+def packed(document: Mapping[str, Any]) -> str:
+    """Tokens a second and peak memory of each way to make batches."""
+    lines = []
+    for case, of in by_case(document["rows"]):
+        lines += [_line([case, "tokens/s", "times as fast", "peak"]), "|---" + "|--:" * 3 + "|"]
+        for name, row in of.items():
+            lines.append(_line([name, str(row["tokens/s"]), f"{row['ratio']:.2f}", f"{number(row['peak MiB'])} MiB"]))
+    return "\n".join([*lines, "", f"{origin(document)}."])
 
 
 def plans(document: Mapping[str, Any]) -> str:
@@ -228,6 +276,15 @@ def plans(document: Mapping[str, Any]) -> str:
         found.setdefault(row["case"], []).append(cell)
     lines += [_line([name, *ratios]) for name, ratios in found.items()]
     return "\n".join([*lines, "", f"{origin(document)}."])
+
+
+# The page, the mark, which is the name of the results too, and what makes the table of them.
+OTHERS = (
+    ("docs/memory.md", "plan", plans),
+    ("docs/optimize.md", "train", trained),
+    ("docs/optimize.md", "optimize", optimized),
+    ("docs/throughput.md", "packing", packed),
+)
 
 
 def _line(cells: Sequence[str]) -> str:

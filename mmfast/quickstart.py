@@ -21,7 +21,9 @@ _KINDS = ("position", "comparison", "presence")
 _BATCH = 100
 
 
-def quickstart(out: str = "runs/demo", seed: int = 0, max_samples: int | None = None) -> dict[str, Any]:
+def quickstart(
+    out: str = "runs/demo", seed: int = 0, max_samples: int | None = None, max_steps: int | None = None
+) -> dict[str, Any]:
     """Trains the recipe llava-world, evaluates every stage, saves, loads again and answers three questions.
 
     Needs no network, no GPU and a few minutes on two cores.
@@ -30,18 +32,23 @@ def quickstart(out: str = "runs/demo", seed: int = 0, max_samples: int | None = 
         out: The folder of the run. One that an earlier quick start made is replaced; any other must be empty.
         seed: Seed of the run.
         max_samples: Only the first so many held-out questions. None: all.
+        max_steps: Steps of each stage; a few show that everything runs. None: those of the recipe.
 
     Returns:
         The report, which is also written to report.json in the folder.
 
     Raises:
         FileExistsError: If the folder holds something that no quick start made.
+        ValueError: If `max_steps` is less than 1.
     """
     from mmfast.evaluate import encoder_ceiling, evaluate
     from mmfast.evaluate.accuracy import format_table
     from mmfast.models import Llava
     from mmfast.train import load_recipe, train
 
+    recipe = load_recipe("llava-world")
+    if max_steps is not None:
+        recipe.stages = [replace(stage, max_steps=max_steps) for stage in recipe.stages]
     folder = Path(out)
     _clear(folder)
     print("A frozen image encoder and a frozen language model that never met: training joins them.\n")
@@ -53,7 +60,7 @@ def quickstart(out: str = "runs/demo", seed: int = 0, max_samples: int | None = 
         accuracies.append(result["accuracy"])
         print(f"after stage {stage.name}: {result['accuracy']:.1%} of {result['n']} held-out questions, exact match")
 
-    trained = train(replace(load_recipe("llava-world"), out=out, seed=seed), after_stage=after_stage)
+    trained = train(replace(recipe, out=out, seed=seed), after_stage=after_stage)
     model = Llava.from_pretrained(out)
     results = {
         "with_images": evaluate(model, DATA, _BATCH, max_samples),

@@ -207,9 +207,33 @@ def test_documents_hold_what_the_results_give() -> None:
     plot.plot(check=True)
 
 
+def test_steps_before_and_after() -> None:
+    before = {"ms": 6.0, "ratio": 1.0, "tokens/s": 100, "peak MiB": 8.0}
+    after = {"ms": 4.0, "ratio": 1.5, "tokens/s": 150, "peak MiB": 2.0}
+    alone = {**after, "ratio": 1.25}
+    environment = {"device": "D", "torch": "2", "revision": "r", "date": "d"}
+
+    def table(make: Callable[..., str], **rows: dict[str, Any]) -> list[str]:
+        named = [{"case": "c", "provider": name.replace("__", ":"), **row} for name, row in rows.items()]
+        return make({"rows": named, "environments": {"e": environment}}).splitlines()
+
+    checkpointing = {"hf_peft_checkpointing": {**before, "ms": 9.0}, "mmfast_checkpointing": {**after, "ms": 3.0}}
+    lines = table(tables.trained, hf_peft=before, mmfast=after, **checkpointing)
+    assert lines[2] == "| c | 6.00 ms | 4.00 ms | **1.50** | 8.00 MiB | 2.00 MiB | 150 | 0.25 |"
+    assert lines[3] == "| c, checkpointing | 9.00 ms | 3.00 ms | **3.00** | 8.00 MiB | 2.00 MiB | 150 | 0.25 |"
+    lines = table(tables.optimized, eager=before, mmfast=after, mmfast__rope=alone)
+    assert lines[0].endswith("| peak before | peak after | `rope` alone |")
+    assert lines[2] == "| c | 6.00 ms | 4.00 ms | **1.50** | 8.00 MiB | 2.00 MiB | 1.25 |"
+    assert table(tables.packed, packed=after)[2:] == [
+        "| packed | 150 | 1.50 | 2.00 MiB |",
+        "",
+        "D, torch 2, revision r, d.",
+    ]
+
+
 def test_a_document_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "number", lambda value: "0")
-    with pytest.raises(RuntimeError, match=r"README\.md, .*swiglu\.md.* differ from the results"):
+    with pytest.raises(RuntimeError, match=r"README\.md, .*optimize\.md, .*swiglu\.md.* differ from the results"):
         plot.plot(check=True)
 
 

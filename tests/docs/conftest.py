@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from stand_ins import minigpt4_shapes, write_blip2, write_clip, write_eva, write_minigpt4
 
 from mmfast.data.samples import content_parts
 from mmfast.models import Llava
@@ -19,14 +20,15 @@ from mmfast.models.convert import to_original
 from mmfast.train import load_recipe, train
 from mmfast.world import samples, weights
 
-# Names in the documents of a language model and of an encoder; the embedded world's stand for all.
-LANGUAGE_MODELS = ["path/to/vicuna-7b", "path/to/llama-7b", "path/to/llava-lightning-7b"]
-ENCODERS = ["path/to/clip-vit-l-14-336", "path/to/clip-vit-l-14"]
+# Names in the documents for which the language model and the encoder of the embedded world stand.
+LANGUAGE_MODELS = [f"path/to/{name}" for name in ("vicuna-7b", "llama-7b", "llama-2-7b-chat", "llava-lightning-7b")]
+ENCODERS = ["path/to/clip-vit-l-14-336"]
 # Data sets in the documents, and the samples of the world that stand for them.
 DATA = {
     "my.json": "questions-train",
     "instructions.json": "questions-train",
     "captions.json": "captions-train",
+    "llava_v1_5_mix665k.json": "questions-train",
     "held-out.json": "questions-test",
 }
 PICTURES = ["cat.jpg", "dog.jpg"]
@@ -47,6 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir(parents=True)
     for name, kind in [(name, "llm") for name in LANGUAGE_MODELS] + [(name, "encoder") for name in ENCODERS]:
         shutil.copytree(weights(kind), folder / name)
+    _write_stand_ins(folder)
     for name, split in DATA.items():
         records = [_record(sample, folder / "images") for sample in samples(split)[:6]]
         (folder / name).write_text(json.dumps(records))
@@ -62,9 +65,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = next((folder / "images").iterdir())
     for name in PICTURES:  # what a file is, its content tells
         shutil.copy(picture, folder / name)
+    _write_pairs(folder)
+    _write_shared(folder / "shared")
     (folder / "images" / "images").symlink_to(".")  # paths hold with --media_folder images and without
     to_original(Llava.from_parts("world", "world"), folder / "mm_projector.bin")
     return folder
+
+
+def _write_stand_ins(folder: Path) -> None:
+    """Random models and checkpoints where the world's are of another kind, and for images of the published size."""
+    torch.manual_seed(0)
+    write_clip(folder / "path/to/clip-vit-l-14", image_size=224, patch_size=56, num_layers=4)
+    write_eva(folder / "path/to/blip2-flan-t5-xxl", image_size=224, patch_size=56)
+    write_blip2(folder / "path/to/blip2_pretrained_flant5xxl.pth")
+    write_minigpt4(folder / "checkpoint_4.pth", minigpt4_shapes(128))  # the width of the world's language model
+
+
+def _write_pairs(folder: Path) -> None:
+    """Captions as the two stages of MiniGPT-4 have them."""
+    (folder / "pairs.json").write_text(json.dumps([{"image": name, "caption": "a pet"} for name in PICTURES] * 2))
+    images = folder / "cc_sbu_align" / "image"
+    images.mkdir(parents=True)
+    annotations = [{"image_id": str(n), "caption": "a pet"} for n in range(4)]
+    for annotation in annotations:
+        shutil.copy(folder / PICTURES[0], images / f"{annotation['image_id']}.jpg")
+    (images.parent / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def _write_shared(folder: Path) -> None:
+    """What several machines see at the same place."""
+    shutil.copytree(folder.parent / "images", folder / "images")
+    shutil.copy(folder.parent / "llava_v1_5_mix665k.json", folder)
+    for name in ("vicuna-7b", "clip-vit-l-14-336"):
+        (folder / name).symlink_to(f"../path/to/{name}")
 
 
 def _write_videos(folder: Path) -> None:

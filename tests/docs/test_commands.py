@@ -6,71 +6,92 @@ A command runs as it stands. What is changed to make it small, or why it is not 
 from __future__ import annotations
 
 import functools
-import importlib
 import io
+import json
+import os
 import re
 import shutil
+import subprocess
 import sys
-import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import demo_process
 import pytest
 from documents import PAGES, ROOT, Command, blocks, commands
+from free_ports import free_port
+from stand_ins import Q_FORMER
 
 from mmfast.cli import COMMANDS, main
+from mmfast.train import load_recipe
 
-# Runs that a page takes as given, because another page, the reader or a command that is not run makes them: the recipe,
-# or a stage of it, that stands for each.
+# Runs that a page takes as given, because another page or the reader makes them: the recipe, or a stage of it, that
+# stands for each.
 GIVEN = {
-    "README.md": {"runs/demo": "llava-world"},
     "docs/data.md": {"runs/mine": "llava-world"},
-    "docs/index.md": {"runs/demo": "llava-world"},
     "docs/memory.md": {"runs/align": "llava-world/align"},
     "docs/quantization.md": {"runs/align": "llava-world/align"},
-    "docs/scaling.md": {"runs/a": "llava-world"},
-    "docs/systems/high_resolution.md": {"runs/hd": "llava-hd-world"},
-    "docs/systems/index.md": {"runs/b": "minigpt4-world"},
-    "docs/systems/minigpt4.md": {"runs/minigpt4": "minigpt4-world"},
+    "docs/scaling.md": {"runs/align": "llava-world/align", "shared/runs/align": "llava-world/align"},
     "docs/training.md": {"runs/align": "llava-world/align"},
 }
+Q_FORMER_OPTIONS = f"--options.num_queries 3 --options.q_former_sizes {json.dumps(Q_FORMER, separators=(',', ':'))}"
 
 
 @dataclass(frozen=True)
 class More:
-    """The command runs with these words added."""
+    """The command runs with these words added.
+
+    Attributes:
+        steps: If given, each stage of the command's recipe has so many, of four samples.
+    """
+
+    words: str = ""
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The launcher runs with these options after its own: once for each of the machines, all of which this one is."""
 
     words: str
+    machines: int = 1
+
+
+@dataclass(frozen=True)
+class Serve:
+    """The command runs until its page is there, which is fetched; then Ctrl-C must end it."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """The command's options are read as the command line reads them; nothing runs."""
+    """The command does not run."""
 
     why: str
 
 
-# By the beginning of the command; of several that fit the longest counts.
-CHANGES: dict[str, More | Read] = {
-    ".venv/bin/mmfast chat": More("--max-new-tokens 4"),
-    ".venv/bin/mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
-    "mmfast bench spatio_temporal_pool": More("--rounds 5 --untested"),
-    "mmfast bench crossover": Read("minutes on a quiet machine; tests/benchmarks/test_crossover.py"),
-    "mmfast demo": Read("serves until Ctrl-C; tests/page/test_server.py"),
-    "mmfast quickstart": Read("a minute; tests/evaluate/test_quickstart.py"),
+# By the beginning of the command, without `.venv/bin/`; of several that fit the longest counts.
+CHANGES: dict[str, More | Launch | Serve | Read] = {
+    "make test": Read("it is what runs this test"),
+    "mmfast bench crossover": More("spatio_temporal_pool --rounds 1"),
+    "mmfast bench crossover swiglu": More("--rounds 1"),
+    "mmfast bench spatio_temporal_pool": More("--rounds 1 --untested"),
     "mmfast chat": More("--max-new-tokens 4"),
-    "mmfast convert checkpoint_4.pth": Read("files of MiniGPT-4 and BLIP-2; tests/models/test_minigpt4_original.py"),
-    "mmfast convert minigpt4-original": Read("files of BLIP-2; tests/models/test_minigpt4_original.py"),
+    "mmfast demo": Serve(),
     "mmfast estimate llava-1.5-lora --gpu": More("--llm path/to/vicuna-7b --encoder path/to/clip-vit-l-14-336"),
-    "mmfast train llama-adapter-v1-7b": More("--options.prompt_layers 3"),
-    "mmfast train llama-adapter-v2-7b": More("--options.prompt_layers 3"),
-    "mmfast train llama-adapter": Read("more layers than the small model has; tests/train/test_llama_adapter.py"),
-    "mmfast train llava-1.5-hd": Read("more tiles than fit into the small model; tests/train/test_anyres.py"),
-    "mmfast train minigpt-v2-7b": Read("files of BLIP-2; tests/train/test_minigpt4.py"),
-    "mmfast train minigpt4-7b": Read("files of BLIP-2; tests/train/test_minigpt4.py"),
-    "mmfast train video-chatgpt-world": Read("minutes; tests/train/test_video.py trains it"),
+    "mmfast eval runs/video --data world:": More("--max-samples 4"),
+    "mmfast quickstart": More("--max-samples 4 --max-steps 1"),
+    "mmfast train llama-adapter-v1": More("--options.prompt_layers 3", steps=2),
+    "mmfast train llama-adapter-v2": More("--options.prompt_layers 3 --options.visual_width 16", steps=2),
+    "mmfast train minigpt-v2-7b": More(steps=2),
+    "mmfast train minigpt4-7b": More(Q_FORMER_OPTIONS, steps=2),
+    "mmfast train video-chatgpt-world": More(steps=2),
+    "pip install": More("--dry-run --no-index --no-build-isolation"),
+    "ssh": Read("it needs another machine"),
+    "torchrun": Launch("--standalone --nproc-per-node 2"),
+    "torchrun --nnodes": Launch("--nnodes 2 --nproc-per-node 1 --local-addr 127.0.0.1", machines=2),
 }
 
 
@@ -80,11 +101,11 @@ def test_commands_run(
 ) -> None:
     for name, recipe in GIVEN.get(page, {}).items():
         shutil.copytree(make_run(recipe), scratch / name)
-        shutil.copy("cat.jpg", scratch / name / "digits.png")  # as the demo leaves one
     for block in blocks(page):
         if block.title:
             (scratch / block.title).write_text(block.text)
     monkeypatch.setenv("MMFAST_TRACEBACK", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(scratch / "cache"))
     for command in commands(page):
         try:
             _run(command)
@@ -94,60 +115,79 @@ def test_commands_run(
 
 
 def _run(command: Command) -> None:
-    change = _change(command)
-    words = command.words
+    change, words = _change(command), command.words
+    program = words[0].removeprefix(".venv/bin/")
     if isinstance(change, More):
         words += change.words.split()
-    if words[0] in ("mmfast", ".venv/bin/mmfast"):
-        _mmfast(words[1:], execute=not isinstance(change, Read))
-    elif words[0] in ("torchrun", "accelerate"):
-        # tests/train/test_processes.py starts several processes; here the options of each are read.
-        _mmfast(words[words.index("mmfast") + 1 :], execute=False)
+        if change.steps:
+            words += ["--stages", _short_stages(words[2], change.steps)]
+    if isinstance(change, Serve):
+        _serve(words[2:])
+    elif isinstance(change, Launch):
+        _launch(words, change)
+    elif isinstance(change, Read):
+        pass
+    elif program == "mmfast":
+        _mmfast(words[1:])
+    elif program == "make":
+        _make(command)
+    elif program == "pip":
+        _pip(words[1:])
     else:
-        _check_other(words)
+        raise AssertionError("no way to run this command; see _run")
 
 
-def _change(command: Command) -> More | Read | None:
-    fitting = [start for start in CHANGES if command.text.startswith(start)]
+def _change(command: Command) -> More | Launch | Serve | Read | None:
+    fitting = [start for start in CHANGES if command.text.removeprefix(".venv/bin/").startswith(start)]
     return CHANGES[max(fitting, key=len)] if fitting else None
 
 
-def _mmfast(words: list[str], execute: bool) -> None:
+def _short_stages(recipe: str, steps: int) -> str:
+    stages = load_recipe(recipe).stages
+    return json.dumps([asdict(replace(s, max_steps=steps, batch_size=4, micro_batch_size=None)) for s in stages])
+
+
+def _mmfast(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # `mmfast chat` without --prompt asks the keyboard.
         patch.setattr(sys, "stdin", io.StringIO("what is this?\n/quit\n"))
-        if not execute:
-            for command in COMMANDS.values():
-                module, function = command.target.split(":")
-                home = importlib.import_module(module)
-                patch.setattr(home, function, _without_doing(getattr(home, function)))
         assert main(words) == 0
 
 
-def _without_doing(function: Any) -> Any:
-    """A function of the same parameters and documentation, which the command line reads."""
-
-    @functools.wraps(function)
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    return nothing
+def _serve(words: list[str]) -> None:
+    with demo_process.served(*words) as (url, _), urllib.request.urlopen(url, timeout=20) as reply:
+        assert b"mmfast" in reply.read()
 
 
-def _check_other(words: list[str]) -> None:
-    """Commands of other programs, which make environments or need other machines: what they name exists."""
-    match words:
-        case ["make", target]:
-            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        case ["pip", "install", what] if what.startswith((".", "mmfast")):
-            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            assert set(re.findall(r"\w+", what.partition("[")[2])) <= set(extras)
-        case ["ssh", *_]:
-            pass
-        case ["python", script, *_] | [script] | [script, _] if script.endswith((".py", ".sh")):
-            assert (ROOT / script).is_file()
-        case _:
-            raise AssertionError("no way to try this command; see _check_other")
+def _launch(words: list[str], change: Launch) -> None:
+    place = words.index("-m")
+    command = [re.sub("^/shared/", "shared/", word) for word in words[place:]]  # there all machines see the same
+    options = [*words[1:place], *change.words.split()]
+    if change.machines > 1:
+        options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(launcher, env=environment) for _ in range(change.machines)]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0] * change.machines
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _make(command: Command) -> None:
+    """What a target does after the environment is made."""
+    words = ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.installed", *command.words[1:]]
+    shown = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for line in shown.splitlines():
+        _run(Command(command.place, line))
+
+
+def _pip(words: list[str]) -> None:
+    """In the checkout, which is what the pages mean by `.`."""
+    pip = [sys.executable, "-m", "pip", *words]
+    printed = subprocess.run(pip, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert "does not provide the extra" not in printed.stdout
 
 
 def test_the_declarations_are_of_use() -> None:

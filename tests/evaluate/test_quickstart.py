@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from mmfast import train
 from mmfast.models import Llava
 from mmfast.quickstart import quickstart
-from mmfast.train import load_recipe
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    recipe = load_recipe("llava-world")
-    stages = [replace(stage, max_steps=2, batch_size=8) for stage in recipe.stages]
-    monkeypatch.setattr(train, "load_recipe", lambda name: replace(recipe, stages=stages), raising=False)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_it_reports_saves_and_runs_twice(short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_reports_saves_and_runs_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    report = quickstart(str(out), max_samples=12)
+    report = quickstart(str(out), max_samples=12, max_steps=2)
     assert json.loads((out / "report.json").read_text()) == report
     assert [stage["name"] for stage in report["stages"]] == ["align", "instruct_lora"]
     for stage in report["stages"]:
+        assert stage["steps"] == 2
         assert stage["trainable_parameters"] > 10_000
         assert stage["seconds"] > 0
         assert stage["peak_memory_mb"] > 50
@@ -52,7 +47,7 @@ def test_it_reports_saves_and_runs_twice(short: None, tmp_path: Path, capsys: py
         assert answer["question"] in printed
     assert "after stage align" in printed
     assert Llava.from_pretrained(out).lora_spec is not None
-    again = quickstart(str(out), max_samples=12)
+    again = quickstart(str(out), max_samples=12, max_steps=2)
     timed = {"seconds", "peak_memory_mb"}
     for one, other in zip(report.pop("stages"), again.pop("stages"), strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
@@ -63,4 +58,6 @@ def test_it_replaces_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds something that no quick start made"):
         quickstart(str(tmp_path))
+    with pytest.raises(ValueError, match="max_steps is 0"):
+        quickstart(str(tmp_path), max_steps=0)
     assert (tmp_path / "precious.txt").read_text() == "mine"

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import demo_process
 import pytest
-from free_ports import free_port
 
 from mmfast.cli import main
 from mmfast.page import server
@@ -73,25 +69,10 @@ def test_other_hosts_are_no_option(runs: Path, capsys: Any) -> None:
 @pytest.fixture(scope="module")
 def served(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, int]]:
     """A server in a process of its own that surroundings ask to do more than it should: address, folder, process."""
-    port, folder = free_port(), tmp_path_factory.mktemp("temporary")
+    folder = tmp_path_factory.mktemp("temporary")
     asked = {"GRADIO_SHARE": "1", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmfast", "demo", "--runs", str(runs), f"--port={port}", "--max_upload_mb=1"],
-        env={**os.environ, **asked, "TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        text=True,
-        # A background process of a script may have been told to ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert f"http://127.0.0.1:{port}" in line
-    yield f"http://127.0.0.1:{port}", folder, process.pid
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 0, "Ctrl-C must end it cleanly"
-    assert time.monotonic() - started < 15
-    assert process.stdout.read().strip() == "stopped"
+    with demo_process.served("--runs", str(runs), "--max_upload_mb=1", **asked, TMPDIR=str(folder)) as (url, pid):
+        yield url, folder, pid
     assert list(folder.glob("mmfast-demo-*")) == [], "uploads must not stay"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from stand_ins import write_clip
 
 from mmfast.models import LoraSpec, open_model
 from mmfast.models.convert import convert
@@ -29,10 +29,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP tower with its projection."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("projected")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=12)
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    write_clip(folder)
     return folder
 
 
