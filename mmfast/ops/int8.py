@@ -18,6 +18,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL_ROWS = {"cpu": 16, "triton": 16, "cuda": 16, "reference": 0}
 # The same on a CPU with matrix instructions for 16-bit floats (two cores of an Intel Xeon with AMX).
 SMALL_ROWS_NATIVE = 8
+# The same where a product of bfloat16 is made in tiles that are decoded as they are needed (`products.linear`).
+SMALL_ROWS_TILES = 1
 
 
 class Int8Weight(NamedTuple):
@@ -161,6 +163,8 @@ def small_linear(x: Tensor, tensors: list[Tensor], out: Tensor, backend: str, bi
 def takes_small(x: Tensor, tensors: list[Tensor], backend: str) -> bool:
     """Whether `small_linear` can run this and is the faster way."""
     rows = SMALL_ROWS_NATIVE if products.multiplies_16_bit(x.dtype, backend) else SMALL_ROWS[backend]
+    if products.has_tiles(x.dtype, backend):
+        rows = SMALL_ROWS_TILES
     return x.dtype in DTYPES and x.shape[0] <= rows
 
 

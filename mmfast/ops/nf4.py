@@ -45,6 +45,8 @@ SMALLEST = 1e-38
 SMALL_ROWS = {"cpu": 16, "triton": 16, "cuda": 16, "reference": 0}
 # The same on a CPU with matrix instructions for 16-bit floats (two cores of an Intel Xeon with AMX).
 SMALL_ROWS_NATIVE = 12
+# The same where a product of bfloat16 is made in tiles that are decoded as they are needed (`products.linear`).
+SMALL_ROWS_TILES = 4
 
 
 class NF4Weight(NamedTuple):
@@ -275,6 +277,8 @@ def small_linear(x: Tensor, tensors: list[Tensor], out: Tensor, backend: str, bi
 def takes_small(x: Tensor, tensors: list[Tensor], backend: str) -> bool:
     """Whether `small_linear` can run this and is the faster way."""
     rows = SMALL_ROWS_NATIVE if products.multiplies_16_bit(x.dtype, backend) else SMALL_ROWS[backend]
+    if products.has_tiles(x.dtype, backend):
+        rows = SMALL_ROWS_TILES
     whole = backend == "cpu" or _shape(tensors)[1] % BLOCK == 0
     return whole and x.dtype in DTYPES and x.shape[0] <= rows
 

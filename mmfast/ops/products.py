@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from mmfast.ops import weights
+from mmfast.ops import extension, weights
 
 # On a CPU a weight is brought into the dtype of the product so many elements at a time, a buffer that stays in cache...
 BLOCK_ELEMENTS = 2**21
@@ -73,6 +74,16 @@ def _has_products(dtype: torch.dtype) -> bool:
     return _found[dtype]
 
 
+def has_tiles(dtype: torch.dtype, backend: str) -> bool:
+    """Whether products of this dtype with a quantised weight are made in tiles, decoded as they are needed."""
+    return backend == "cpu" and dtype == torch.bfloat16 and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(extension.module().has_amx())
+
+
 # torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,
 # which itself would import all of Dynamo. (Of a cached function Dynamo warns.)
 _has_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -100,6 +111,13 @@ def linear(
         if add:
             out += target
         return
+    if quantised and has_tiles(out.dtype, backend):
+        bias = None if bias is None else bias.float().contiguous()
+        views = [extension.view(part) for part in weight]
+        extension.module().quantized_linear_amx(
+            extension.view(x), views, extension.optional_view(bias), add, extension.view(out), torch.get_num_threads()
+        )
+        return
     for rows, block in _blocks(weight, out.dtype, backend):
         _add_product(out[:, rows], x, block.t(), add, None if bias is None else bias[rows])
 
@@ -118,6 +136,12 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
         return
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
+    if weight[0].dtype in weights.FORMATS and has_tiles(out.dtype, backend):
+        views = [extension.view(part) for part in weight]
+        extension.module().quantized_grad_amx(
+            extension.view(grad), views, add, extension.view(out), torch.get_num_threads()
+        )
+        return
     for rows, block in _blocks(weight, out.dtype, backend):
         torch.addmm(out, grad[:, rows], block, beta=float(add), out=out)
         add = True

@@ -415,8 +415,11 @@ def test_rows_up_to_which_it_decodes_in_registers(monkeypatch: pytest.MonkeyPatc
     for rows in (1, nf4.SMALL_ROWS["cpu"], nf4.SMALL_ROWS["cpu"] + 1):
         nf4_linear(torch.randn(rows, 64), q, backend="cpu")
     assert decoded == [1, nf4.SMALL_ROWS["cpu"]]
-    for native, most in ((True, nf4.SMALL_ROWS_NATIVE), (False, nf4.SMALL_ROWS["cpu"])):
+    few = nf4.SMALL_ROWS["cpu"]
+    machines = (True, True, nf4.SMALL_ROWS_TILES), (True, False, nf4.SMALL_ROWS_NATIVE), (False, False, few)
+    for native, tiles, most in machines:
         monkeypatch.setattr(nf4.products, "_has_products", lambda dtype, native=native: native)
+        monkeypatch.setattr(nf4.products, "_has_amx", lambda tiles=tiles: tiles)
         x = torch.zeros(most + 1, 64, dtype=torch.bfloat16)
         assert nf4.takes_small(x[:most], q.tensors(), "cpu")
         assert not nf4.takes_small(x, q.tensors(), "cpu")

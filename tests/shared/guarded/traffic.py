@@ -50,6 +50,8 @@ WRITES = {
     "nf4_dequantize_cpu": "out",
     "nf4_linear_cpu": "out",
     "nf4_quantize_cpu": "packed absmax",
+    "quantized_grad_amx": "out",
+    "quantized_linear_amx": "out",
     "resampler_attention_bwd_cpu": "grad_query grad_media_key grad_media_value grad_latent_key grad_latent_value",
     "resampler_attention_fwd_cpu": "out lse",
     "rms_norm_bwd_cpu": "grad_x grad_weight",

@@ -1,0 +1,169 @@
+"""Products of bfloat16 with a quantised weight, in tiles that are decoded as they are needed, and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmfast.ops import extension, int8_quantize, nf4_quantize, products, weights
+from mmfast.ops.backends import machine
+from mmfast.ops.weights import QuantizedWeight
+
+FORMATS = {
+    "nf4": nf4_quantize,
+    "nf4, absmax in fp32": partial(nf4_quantize, double_quant=False),
+    "int8": int8_quantize,
+}
+BF16 = torch.bfloat16
+
+pytestmark = pytest.mark.skipif(
+    bool(machine(torch.device("cpu")).lacks("cpu")) or not products.has_tiles(BF16, "cpu"),
+    reason="the extension is not built, or this CPU has no AMX",
+)
+formats = pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(params=["tiles", "dequantised"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In tiles; and as on a CPU that has none."""
+    if request.param == "dequantised":
+        monkeypatch.setattr(products, "_has_amx", lambda: False)
+    return request.param
+
+
+def filled(rows: int, columns: int) -> Tensor:
+    """[rows, columns], rows of a wider matrix."""
+    return torch.full((rows, columns + 3), float("nan"), dtype=BF16)[:, 2:-1]
+
+
+def run(x: Tensor, grad: Tensor, q: QuantizedWeight, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x Wᵀ + bias and grad W."""
+    out, out_grad = filled(x.shape[0], q.shape[0]), filled(x.shape[0], q.shape[1])
+    products.linear(out, x, q.tensors(), "cpu", bias=bias)
+    products.linear_grad(out_grad, grad, q.tensors(), "cpu")
+    return out, out_grad
+
+
+def operands(rows: int, q: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, q.shape[1]).to(BF16), torch.randn(rows, q.shape[0]).to(BF16)
+
+
+def assert_near(found: Tensor, exact: Tensor) -> None:
+    """Within the rounding of the result, and what sums in fp32 are off."""
+    assert found.shape == exact.shape
+    off, size = (found.double() - exact).abs(), exact.abs()
+    assert (off <= 2**-8 * size + 1e-5 * size.amax()).all(), f"off by {off.max()}, size {size.max()}"
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=40)
+@given(data=st.data())
+@formats
+def test_any_shape_and_stride(quantize: Callable[[Tensor], QuantizedWeight], data: st.DataObject) -> None:
+    torch.manual_seed(0)
+    m, n = data.draw(st.integers(5, 70)), data.draw(st.integers(1, 150))
+    k = 2 * data.draw(st.sampled_from([1, 3, 16, 31, 32, 50, 64, 90, 160]))
+    k -= quantize is int8_quantize and data.draw(st.booleans())
+    q = quantize(torch.randn(n, k))
+    dense, (x, grad) = weights.dense(q, BF16).double(), operands(m, q)
+    if data.draw(st.booleans()):
+        x, grad = filled(m, k).copy_(x), filled(m, n).copy_(grad)
+    bias = data.draw(st.sampled_from([None, torch.randn(n).to(BF16), torch.randn(2 * n).to(BF16)[::2]]))
+    out, out_grad = run(x, grad, q, bias)
+    assert_near(out, x.double() @ dense.t() + (0 if bias is None else bias.double()))
+    assert_near(out_grad, grad.double() @ dense)
+
+
+@formats
+@pytest.mark.parametrize(("rows", "shape"), [(530, (1100, 1090)), (2100, (70, 130))])
+def test_several_panels_and_chunks(
+    quantize: Callable[[Tensor], QuantizedWeight], rows: int, shape: tuple[int, int], way: str
+) -> None:
+    q = quantize(torch.randn(shape))
+    dense, (x, grad) = weights.dense(q, BF16).double(), operands(rows, q)
+    out, out_grad = run(x, grad, q, torch.ones(shape[0]).to(BF16))
+    assert_near(out, x.double() @ dense.t() + 1)
+    assert_near(out_grad, grad.double() @ dense)
+
+
+@formats
+def test_added_and_rounded_once(quantize: Callable[[Tensor], QuantizedWeight], way: str) -> None:
+    q = quantize(torch.randn(70, 130))
+    dense, (x, grad) = weights.dense(q, BF16).double(), operands(40, q)
+    grad_before, before = operands(40, q)
+    out, out_grad = before.clone(), grad_before.clone()
+    products.linear(out, x, q.tensors(), "cpu", add=True)
+    products.linear_grad(out_grad, grad, q.tensors(), "cpu", add=True)
+    assert_near(out, before.double() + x.double() @ dense.t())
+    assert_near(out_grad, grad_before.double() + grad.double() @ dense)
+
+
+@formats
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_where_it_is(quantize: Callable[[Tensor], QuantizedWeight], value: float) -> None:
+    q = quantize(torch.randn(50, 100) + 9)  # no weight is zero
+    x, grad = operands(20, q)
+    x[3, 99] = grad[3, 49] = value
+    for found in run(x, grad, q):
+        wrong = found.isnan() if value != value else found == value
+        assert wrong[3].all() and found.isfinite().all(1).sum() == 19
+
+
+@formats
+@pytest.mark.parametrize("rows", [6, 40, 600])
+def test_threads_do_not_change_a_bit(quantize: Callable[[Tensor], QuantizedWeight], rows: int) -> None:
+    q, threads = quantize(torch.randn(1030, 520)), torch.get_num_threads()
+    x, grad = operands(rows, q)
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(x, grad, q))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@formats
+def test_the_dense_weight_never_exists(
+    quantize: Callable[[Tensor], QuantizedWeight], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """In tiles; without them it does."""
+    q, blocks = quantize(torch.randn(64, 64)), products._blocks
+    dequantised: list[int] = []
+    monkeypatch.setattr(products, "_blocks", lambda *args: dequantised.append(1) or blocks(*args))
+    run(*operands(40, q), q)
+    assert len(dequantised) == (0 if way == "tiles" else 2)
+
+
+def test_other_dtypes_are_not_made_in_tiles() -> None:
+    assert not any(products.has_tiles(dtype, "cpu") for dtype in (torch.float32, torch.float16))
+    assert not any(products.has_tiles(BF16, backend) for backend in ("triton", "cuda", "reference"))
+
+
+def test_cpp_checks_what_it_is_given() -> None:
+    module, view = extension.module(), extension.view
+    nf4, int8 = (
+        [view(part) for part in quantize(torch.ones(4, 64)).tensors()] for quantize in (nf4_quantize, int8_quantize)
+    )
+    x, out = torch.zeros(2, 64, dtype=BF16), torch.zeros(2, 4, dtype=BF16)
+    for parts in (nf4, int8):
+        with pytest.raises(ValueError, match=r"x is bfloat16\[2, 32\]; expected \[2, 64\]"):
+            module.quantized_linear_amx(view(x[:, :32]), parts, None, False, view(out), 1)
+        with pytest.raises(ValueError, match=r"out is bfloat16\[2, 3\]; expected \[2, 4\]"):
+            module.quantized_linear_amx(view(x), parts, None, False, view(out[:, :3]), 1)
+        with pytest.raises(ValueError, match=r"x is bfloat16\[2, 64\]; expected \[2, 4\]"):
+            module.quantized_grad_amx(view(x), parts, False, view(x), 1)
+    with pytest.raises(ValueError, match=r"x is float32\[2, 64\] and out bfloat16\[2, 4\]; expected bfloat16"):
+        module.quantized_linear_amx(view(x.float()), nf4, None, False, view(out), 1)
+    with pytest.raises(ValueError, match=r"bias is float32\[3\]; expected float32\[4\]"):
+        module.quantized_linear_amx(view(x), nf4, view(torch.zeros(3)), False, view(out), 1)
+    with pytest.raises(ValueError, match="int8: 1 tensors; expected 2"):
+        module.quantized_linear_amx(view(x), int8[:1], None, False, view(out), 1)
+    with pytest.raises(ValueError, match=r"the weight is float32\[4, 64\]; expected uint8"):
+        module.quantized_linear_amx(view(x), [view(torch.zeros(4, 64))], None, False, view(out), 1)
