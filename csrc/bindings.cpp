@@ -30,10 +30,12 @@ void int8_linear_cpu(TensorView x, TensorView values, TensorView scale, std::opt
 void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::optional<TensorView> scale,
                                float smoothing, bool write_gradient, TensorView losses, TensorView correct);
 
-void low_rank_project(TensorView x, TensorView factors, float scale, TensorView out, int threads);
+void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optional<TensorView> s, float scale,
+                   std::optional<TensorView> projected, std::optional<TensorView> outer, bool add, int threads);
 void low_rank_expand(TensorView s, TensorView factors, float scale, std::optional<TensorView> bias, TensorView out,
                      int threads);
-void low_rank_outer(TensorView s, TensorView x, float scale, bool add, TensorView out, int threads);
+void low_rank_product(TensorView x, TensorView w, TensorView s, TensorView factors, float scale,
+                      std::optional<TensorView> bias, TensorView out, int threads);
 
 void mixture_adapter_fwd_cpu(TensorView x, TensorView down, std::optional<TensorView> down_bias, TensorView up,
                              int64_t groups, int64_t downs, const std::string& activation,
@@ -163,12 +165,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("scale"), py::arg("smoothing"), py::arg("write_gradient"), py::arg("losses"), py::arg("correct"),
         py::call_guard<py::gil_scoped_release>());
 
-  m.def("low_rank_project", &mmfast::low_rank_project, py::arg("x"), py::arg("factors"), py::arg("scale"),
-        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("low_rank_read", &mmfast::low_rank_read, py::arg("x"), py::arg("factors"), py::arg("s"), py::arg("scale"),
+        py::arg("projected"), py::arg("outer"), py::arg("add"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("low_rank_expand", &mmfast::low_rank_expand, py::arg("s"), py::arg("factors"), py::arg("scale"),
         py::arg("bias"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-  m.def("low_rank_outer", &mmfast::low_rank_outer, py::arg("s"), py::arg("x"), py::arg("scale"), py::arg("add"),
-        py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("low_rank_product", &mmfast::low_rank_product, py::arg("x"), py::arg("w"), py::arg("s"), py::arg("factors"),
+        py::arg("scale"), py::arg("bias"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
 
   m.def("mixture_adapter_fwd_cpu", &mmfast::mixture_adapter_fwd_cpu, py::arg("x"), py::arg("down"),
         py::arg("down_bias"), py::arg("up"), py::arg("groups"), py::arg("downs"), py::arg("activation"),

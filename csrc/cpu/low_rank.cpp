@@ -1,6 +1,8 @@
 // The products of a low-rank adapter in fp32: matrices of many rows and columns times matrices of few ranks. A general
 // matrix product packs its operands as if they were large; these read the large matrix once, as it lies in memory.
 // Every sum is made in one order, whatever the number of threads.
+#include "low_rank.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -10,11 +12,14 @@
 #include "../tensor_view.h"
 #include "scalars.h"
 #include "sixteen.h"
+#include "stream.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int MOST_ROWS = 12;  // of all Kernels
+constexpr int MOST_ROWS = 12;     // of all Kernels
+constexpr int64_t STEP = 64;      // columns between two requests for the rows that come next
+constexpr int64_t WIDTH = 256;    // columns whose sums over all rows, 16 KiB, stay near while the rows pass by
 
 // A matrix in which both strides count.
 struct Strided {
@@ -22,6 +27,7 @@ struct Strided {
   int64_t row, column;
 
   float& at(int64_t i, int64_t j) const { return data[i * row + j * column]; }
+  Strided transposed() const { return {data, column, row}; }
 };
 
 Strided strided(const TensorView& x) { return {x.as<float>(), x.stride(0), x.stride(1)}; }
@@ -49,16 +55,36 @@ struct Loops {
                                     float* sums) {
     const auto* from = reinterpret_cast<const L*>(tile);
     auto* to = reinterpret_cast<L*>(sums);
-    if (count == ROWS) return project_rows(Each<ROWS>(), x, stride, from, columns, to);
-    for (int64_t i = 0; i < count; ++i) project_rows(Each<1>(), x + i * stride, stride, from, columns, to + i);
+    for (int64_t j = 0; j < columns; j += STEP) {
+      const int64_t width = std::min(STEP, columns - j);
+      prefetch_next(x + j, stride);
+      if (count == ROWS)
+        project_rows(Each<ROWS>(), x + j, stride, from + j, width, to);
+      else
+        for (int64_t i = 0; i < count; ++i)
+          project_rows(Each<1>(), x + i * stride + j, stride, from + j, width, to + i);
+    }
   }
 
   MMFAST_INLINE static void outer(const float* x, int64_t stride, const float* s, float* tile, int64_t columns,
                                   int64_t count) {
     const auto* factors = reinterpret_cast<const L*>(s);
     auto* to = reinterpret_cast<L*>(tile);
-    if (count == ROWS) return outer_rows(Each<ROWS>(), x, stride, factors, to, columns);
-    for (int64_t i = 0; i < count; ++i) outer_rows(Each<1>(), x + i * stride, stride, factors + i, to, columns);
+    for (int64_t j = 0; j < columns; j += STEP) {
+      const int64_t width = std::min(STEP, columns - j);
+      prefetch_next(x + j, stride);
+      if (count == ROWS)
+        outer_rows(Each<ROWS>(), x + j, stride, factors, to + j, width);
+      else
+        for (int64_t i = 0; i < count; ++i)
+          outer_rows(Each<1>(), x + i * stride + j, stride, factors + i, to + j, width);
+    }
+  }
+
+  // Brings in what the rows after these have in the columns of a step: the hardware's own prefetching ends with a page
+  // of 4 KiB.
+  MMFAST_INLINE static void prefetch_next(const float* x, int64_t stride) {
+    for (int64_t i = ROWS; i < 2 * ROWS; ++i) prefetch(x + i * stride, STEP);
   }
 
   // s [count, ranks]; tiles [columns / 16, ranks + 1, 16], of which the last row of each is where the sums start.
@@ -122,32 +148,87 @@ const Kernels& kernels() {
 #endif
 }
 
-void expect_matrix(const char* name, const TensorView& x, int64_t rows, int64_t columns, bool packed) {
-  check(x.dtype == DType::f32 && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
-        name, " is ", x, "; expected float32[", rows, ", ", columns, "]");
+void expect_matrix(const char* name, const TensorView& x, DType dtype, int64_t rows, int64_t columns, bool packed) {
+  check(x.dtype == dtype && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
+        name, " is ", x, "; expected ", name_of(dtype), "[", rows, ", ", columns, "]");
   check(!packed || columns <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension");
 }
 
 }  // namespace
 
-// out [rows, ranks] = scale · x factorsᵀ, for x [rows, columns] (last stride 1) and factors [ranks, columns].
-void low_rank_project(TensorView x, TensorView factors, float scale, TensorView out, int threads) {
-  const int64_t rows = x.size(0), columns = x.size(1), ranks = factors.size(0);
-  expect_matrix("x", x, rows, columns, true);
-  expect_matrix("factors", factors, ranks, columns, false);
-  expect_matrix("out", out, rows, ranks, false);
-  const auto packed = pack(strided(factors), ranks, columns, scale);
-  const Strided target = strided(out);
+// One pass over x [rows, columns] (last stride 1), all of one dtype but for `outer`, which is fp32. With factors
+// [ranks, columns]: projected [rows, ranks] = scale · x factorsᵀ. With s [rows, ranks]: outer [ranks, columns] =
+// scale · sᵀ x, or += if `add`. In bfloat16 factors and `outer` have stride 1 in one dimension.
+void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optional<TensorView> s, float scale,
+                   std::optional<TensorView> projected, std::optional<TensorView> outer, bool add, int threads) {
+  check(factors || s, "low_rank_read: expected factors, s, or both");
+  const int64_t rows = x.size(0), columns = x.size(1), ranks = factors ? factors->size(0) : s->size(1);
+  expect_matrix("x", x, x.dtype, rows, columns, true);
+  check(factors.has_value() == projected.has_value() && s.has_value() == outer.has_value(),
+        "low_rank_read: factors and projected come together, and s and outer");
+  if (factors) expect_matrix("factors", *factors, x.dtype, ranks, columns, false);
+  if (factors) expect_matrix("projected", *projected, x.dtype, rows, ranks, true);
+  if (s) expect_matrix("s", *s, x.dtype, rows, ranks, true);
+  if (s) expect_matrix("outer", *outer, DType::f32, ranks, columns, false);
+  if (x.dtype == DType::bf16) return low_rank_read_bf16(x, factors, s, scale, projected, outer, add, threads);
+  check(x.dtype == DType::f32, "low_rank_read: x is ", x, "; expected float32 or bfloat16");
+
   const Kernels& loops = kernels();
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * ranks, threads))
-  for (int64_t first = 0; first < rows; first += loops.rows) {
+  const int64_t tiles = (ranks + LANES - 1) / LANES, slices = s ? (columns + WIDTH - 1) / WIDTH : 1;
+  const auto packed = factors ? pack(strided(*factors), ranks, columns, scale) : nullptr;
+  const auto packed_s = s ? pack(strided(*s).transposed(), ranks, rows, scale) : nullptr;
+  // Of `projected`: sums over each slice of the columns, [slices, rows, tiles, 16].
+  const auto sums = std::make_unique_for_overwrite<float[]>(factors ? slices * rows * tiles * LANES : 0);
+  const auto project = [&](int64_t slice, int64_t first, int64_t start, int64_t width) {
     const int64_t count = std::min<int64_t>(loops.rows, rows - first);
-    for (int64_t r = 0; r < ranks; r += LANES) {  // the rows of x come from cache after the first tile
-      float sums[MOST_ROWS][LANES] = {};
-      loops.project(x.as<float>() + first * x.stride(0), x.stride(0), packed.get() + r * columns, columns, count,
-                    sums[0]);
+    for (int64_t t = 0; t < tiles; ++t) {  // the rows of x come from cache after the first tile
+      float found[MOST_ROWS][LANES] = {};
+      loops.project(x.as<float>() + first * x.stride(0) + start, x.stride(0),
+                    packed.get() + (t * columns + start) * LANES, width, count, found[0]);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t k = 0; k < std::min(LANES, ranks - r); ++k) target.at(first + i, r + k) = sums[i][k];
+        std::memcpy(&sums[((slice * rows + first + i) * tiles + t) * LANES], found[i], sizeof(found[i]));
+    }
+  };
+  const auto read_slice = [&](int64_t slice) {
+    const int64_t start = slice * WIDTH, width = std::min(WIDTH, columns - start), size = tiles * WIDTH * LANES;
+    const auto all = std::make_unique<float[]>(size), part = std::make_unique_for_overwrite<float[]>(size);
+    for (int64_t run = 0; run < rows; run += RUN) {
+      const int64_t last = std::min(rows, run + RUN);
+      std::fill_n(part.get(), size, 0.0f);
+      for (int64_t first = run; first < last; first += loops.rows) {
+        if (factors) project(slice, first, start, width);
+        for (int64_t t = 0; t < tiles; ++t)
+          loops.outer(x.as<float>() + first * x.stride(0) + start, x.stride(0),
+                      packed_s.get() + (t * rows + first) * LANES, &part[t * WIDTH * LANES], width,
+                      std::min<int64_t>(loops.rows, last - first));
+      }
+      for (int64_t i = 0; i < size; ++i) all[i] += part[i];
+    }
+    const Strided target = strided(*outer);
+    for (int64_t r = 0; r < ranks; ++r)
+      for (int64_t j = 0; j < width; ++j) {
+        const float sum = all[(r / LANES * WIDTH + j) * LANES + r % LANES];
+        target.at(r, start + j) = add ? target.at(r, start + j) + sum : sum;
+      }
+  };
+#pragma omp parallel num_threads(threads_for(rows * columns * ranks, threads))
+  {
+    if (s) {
+#pragma omp for schedule(static)
+      for (int64_t slice = 0; slice < slices; ++slice) read_slice(slice);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < rows; first += loops.rows) project(0, first, 0, columns);
+    }
+    if (factors) {
+      const Strided target = strided(*projected);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t r = 0; r < ranks; ++r) {
+          float sum = 0.0f;
+          for (int64_t slice = 0; slice < slices; ++slice) sum += sums[(slice * rows + i) * tiles * LANES + r];
+          target.at(i, r) = sum;
+        }
     }
   }
 }
@@ -157,9 +238,9 @@ void low_rank_project(TensorView x, TensorView factors, float scale, TensorView 
 void low_rank_expand(TensorView s, TensorView factors, float scale, std::optional<TensorView> bias, TensorView out,
                      int threads) {
   const int64_t rows = s.size(0), ranks = s.size(1), columns = factors.size(1);
-  expect_matrix("s", s, rows, ranks, false);
-  expect_matrix("factors", factors, ranks, columns, false);
-  expect_matrix("out", out, rows, columns, true);
+  expect_matrix("s", s, DType::f32, rows, ranks, false);
+  expect_matrix("factors", factors, DType::f32, ranks, columns, false);
+  expect_matrix("out", out, DType::f32, rows, columns, true);
   if (bias) bias->expect("bias", DType::f32, {columns});
   const Strided source = strided(factors), from = strided(s);
   const int64_t tiles = (columns + LANES - 1) / LANES, size = (ranks + 1) * LANES;
@@ -180,38 +261,6 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
         for (int64_t r = 0; r < ranks; ++r) few[i * ranks + r] = from.at(first + i, r);
       loops.expand(few.get(), packed.get(), ranks, out.as<float>() + first * out.stride(0), out.stride(0), columns,
                    count);
-    }
-  }
-}
-
-// out [ranks, columns] (+)= scale · sᵀ x, for s [rows, ranks] and x [rows, columns] (last stride 1).
-void low_rank_outer(TensorView s, TensorView x, float scale, bool add, TensorView out, int threads) {
-  const int64_t rows = x.size(0), columns = x.size(1), ranks = s.size(1);
-  expect_matrix("s", s, rows, ranks, false);
-  expect_matrix("x", x, rows, columns, true);
-  expect_matrix("out", out, ranks, columns, false);
-  constexpr int64_t WIDTH = 256;  // columns whose sums, 16 KiB, stay near while all rows pass by
-  const Strided from = strided(s), target = strided(out);
-  const Kernels& loops = kernels();
-  const auto packed = pack({from.data, from.column, from.row}, ranks, rows, scale);
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * ranks, threads))
-  for (int64_t start = 0; start < columns; start += WIDTH) {
-    const int64_t width = std::min(WIDTH, columns - start);
-    for (int64_t r = 0; r < ranks; r += LANES) {
-      float sums[WIDTH][LANES] = {};
-      for (int64_t run = 0; run < rows; run += RUN) {
-        const int64_t last = std::min(rows, run + RUN);
-        float part[WIDTH][LANES] = {};
-        for (int64_t first = run; first < last; first += loops.rows)
-          loops.outer(x.as<float>() + first * x.stride(0) + start, x.stride(0),
-                      packed.get() + r * rows + first * LANES, part[0], width,
-                      std::min<int64_t>(loops.rows, last - first));
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t k = 0; k < LANES; ++k) sums[j][k] += part[j][k];
-      }
-      for (int64_t k = 0; k < std::min(LANES, ranks - r); ++k)
-        for (int64_t j = 0; j < width; ++j)
-          target.at(r + k, start + j) = sums[j][k] + (add ? target.at(r + k, start + j) : 0.0f);
     }
   }
 }

@@ -257,12 +257,12 @@ def _fwd(
 def _fwd_rows(
     layers: low_rank.Siblings, x: Tensor, first_row: int, biases: list[Tensor | None], outputs: list[Tensor]
 ) -> Tensor:
-    """Fills `outputs` [M, N] and returns s. The low-rank part is written first, and the large product adds to it."""
+    """Fills `outputs` [M, N] and returns s. Without a fused kernel the large product adds to the low-rank part."""
     steps, biased = layers.steps, zip(layers.frozen, layers.lora_bs, layers.scalings, biases, outputs, strict=True)
     s = steps.down(x, layers.a, layers.dropout, first_row)
     for s_i, (weight, b, scaling, bias, out) in zip(low_rank.columns(s, layers.ranks), biased, strict=True):
-        if layers.backend == "triton" and low_rank.fused_is_faster(x, weight, out.shape[1]):
-            low_rank.fused(x, weight[0], s_i, b, scaling, bias, out)
+        if low_rank.fused_is_faster(layers.backend, x, weight, out.shape[1]):
+            low_rank.fused(layers.backend, x, weight[0], s_i, b, scaling, bias, out)
         else:
             steps.up(s_i, b, scaling, bias, out)
             products.linear(out, x, weight, layers.backend, add=True)
@@ -369,10 +369,22 @@ def _bwd_rows(
         if need_a and x is not None:
             grad_a = steps.grad_a(ds, x, layers.dropout, first_row)
         if grad_x is not None:
-            steps.grad_x(ds, layers.a, layers.dropout, first_row, grad_x)
-            for grad, weight in zip(grads, layers.frozen, strict=True):
-                products.linear_grad(grad_x, grad, weight, layers.backend, add=True)
+            _fill_grad_x(layers, ds, grads, first_row, grad_x)
     return [grad_a, *grad_weights, *grad_bs, *grad_biases]
+
+
+def _fill_grad_x(layers: low_rank.Siblings, ds: Tensor, grads: list[Tensor], first_row: int, out: Tensor) -> None:
+    """out [M, K] = dropout(ds A) + Σ grad W over the siblings."""
+    products_of = list(zip(grads, layers.frozen, strict=True))
+    grad, weight = products_of[0]
+    is_cpu = layers.backend == "cpu"
+    if is_cpu and layers.dropout is None and low_rank.fused_is_faster("cpu", grad, weight, out.shape[1]):
+        low_rank.fused_grad(grad, weight[0], ds, layers.a, out)
+        del products_of[0]
+    else:
+        layers.steps.grad_x(ds, layers.a, layers.dropout, first_row, out)
+    for grad, weight in products_of:
+        products.linear_grad(out, grad, weight, layers.backend, add=True)
 
 
 def _bwd_fake(
@@ -521,7 +533,7 @@ def lora_linear(
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ: `reference` says what exactly.
 
-    The low-rank part is written first and the large product adds to it, so that nothing is read or written twice.
+    The low-rank part is written first and the large product adds to it, or starts from it where one kernel makes both.
     Saved for backward: x if `lora_a` (or a dense `weight`) is trained, s = dropout(x) Aᵀ [rows, R] if `lora_b` is, and
     no mask and no copy of x in another dtype. Differentiable once, except on the reference.
 
@@ -543,8 +555,8 @@ def lora_linear(
         ValueError, TypeError: an argument is wrong.
         BackendUnavailable: the backend asked for cannot run this call.
 
-    Numerics: sums in fp32, rounded where a matrix is stored: s, the low-rank part and y. Gradients of lora_a, lora_b
-    and bias are summed in fp32. Deterministic.
+    Numerics: sums in fp32, rounded where a matrix is stored: s, y and, unless one kernel makes both, the low-rank part.
+    Gradients of lora_a, lora_b and bias are summed in fp32. Deterministic.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1.
     """

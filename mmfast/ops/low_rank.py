@@ -39,6 +39,11 @@ class Faster(NamedTuple):
 # Nothing is measured yet, so the two steps are used. benchmarks/bench_lora_linear.py times both.
 FUSED_FASTER: tuple[Faster, ...] = ()
 
+# On a CPU with AMX, in bfloat16: so many rows, and for each thread so many blocks of the kernel (rows, columns of y).
+# Fewer leave a thread without work, or W is packed for too little.
+TILED_ROWS, TILED_BLOCKS = 512, 4
+TILED_BLOCK = 1024, 256
+
 
 class Steps(NamedTuple):
     """What a backend is: the small products around the large one. `R` counts the ranks of all siblings.
@@ -59,20 +64,45 @@ class Steps(NamedTuple):
     grad_x: Callable[..., None]
 
 
-def _project(x: Tensor, factors: Tensor, scaling: float, out: Tensor) -> Tensor:
-    """out [M, R] = scaling · x factorsᵀ, for x [M, K] and factors [R, K]."""
-    if x.dtype != torch.float32:
-        return torch.addmm(out, x, factors.t(), beta=0, alpha=scaling, out=out)
-    view = extension.view
-    extension.module().low_rank_project(view(x), view(factors), scaling, view(out), torch.get_num_threads())
-    return out
+def in_tiles(dtype: torch.dtype) -> bool:
+    """Whether the extension multiplies matrices of this dtype in tiles: bfloat16 on a CPU with AMX."""
+    return dtype == torch.bfloat16 and bool(extension.module().has_amx())
+
+
+def _read(
+    x: Tensor,
+    factors: Tensor | None,
+    s: Tensor | None,
+    scaling: float,
+    projected: Tensor | None,
+    outer: Tensor | None,
+    *,
+    add: bool = False,
+) -> None:
+    """What is made of x [M, K]: with factors [R, K], `projected` [M, R] = scaling · x factorsᵀ; with s [M, R], `outer`
+    [R, K] (fp32) = scaling · sᵀ x, or += with `add`.
+    """
+    if x.dtype == torch.float32 or in_tiles(x.dtype):
+        factors = None if factors is None else _packed(factors)
+        tensors = map(extension.optional_view, (x, factors, s))
+        results = map(extension.optional_view, (projected, outer))
+        extension.module().low_rank_read(*tensors, scaling, *results, add, torch.get_num_threads())
+        return
+    if factors is not None and projected is not None:
+        torch.addmm(projected, x, factors.t(), beta=0, alpha=scaling, out=projected)
+    if s is not None and outer is not None:
+        part = product(s.t(), x)
+        if add:
+            outer.add_(part, alpha=scaling)
+        else:
+            torch.mul(part, scaling, out=outer)
 
 
 def _expand(s: Tensor, factors: Tensor, scaling: float, bias: Tensor | None, out: Tensor) -> None:
     """out [M, N] = scaling · s factors + bias, for s [M, R] and factors [R, N]."""
     bias = None if bias is None else bias.to(out.dtype).contiguous()
     if s.dtype == torch.float32:
-        view, bias_view = extension.view, None if bias is None else extension.view(bias)
+        view, bias_view = extension.view, extension.optional_view(bias)
         threads = torch.get_num_threads()
         extension.module().low_rank_expand(view(s), view(factors), scaling, bias_view, view(out), threads)
     elif bias is None:
@@ -81,17 +111,19 @@ def _expand(s: Tensor, factors: Tensor, scaling: float, bias: Tensor | None, out
         torch.addmm(bias, s, factors, alpha=scaling, out=out)
 
 
-def _outer(s: Tensor, x: Tensor, scaling: float, out: Tensor, *, add: bool = False) -> None:
-    """out [R, K] (fp32) = scaling · sᵀ x, or += with `add`, for s [M, R] and x [M, K]."""
-    if x.dtype == torch.float32:
-        view, threads = extension.view, torch.get_num_threads()
-        extension.module().low_rank_outer(view(s), view(x), scaling, add, view(out), threads)
-        return
-    part = product(s.t(), x)
-    if add:
-        out.add_(part, alpha=scaling)
-    else:
-        torch.mul(part, scaling, out=out)
+def _multiply(
+    x: Tensor, large: Tensor, s: Tensor, factors: Tensor, scaling: float, bias: Tensor | None, out: Tensor
+) -> None:
+    """out [M, N] = x large + scaling · s factors + bias, in bfloat16 and tiles."""
+    factors, bias = _packed(factors), None if bias is None else bias.to(out.dtype).contiguous()
+    views, bias_view = map(extension.view, (x, large, s, factors)), extension.optional_view(bias)
+    threads = torch.get_num_threads()
+    extension.module().low_rank_product(*views, scaling, bias_view, extension.view(out), threads)
+
+
+def _packed(factors: Tensor) -> Tensor:
+    """The same with stride 1 in one of its dimensions."""
+    return factors if 1 in factors.stride() else factors.contiguous()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -102,9 +134,10 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def _down_cpu(x: Tensor, a: Tensor, dropout: Dropout | None, first_row: int) -> Tensor:
     s = x.new_empty((x.shape[0], a.shape[0]))
     if dropout is None:
-        return _project(x, a, 1.0, s)
+        _read(x, a, None, 1.0, s, None)
+        return s
     for rows, dropped in _dropped(x, dropout, first_row):
-        _project(dropped, a, 1.0, s[rows])
+        _read(dropped, a, None, 1.0, s[rows], None)
     return s
 
 
@@ -122,22 +155,20 @@ def _up_cpu(s: Tensor, b: Tensor, scaling: float, bias: Tensor | None, out: Tens
 
 
 def _read_grad_cpu(grad: Tensor, b: Tensor, s: Tensor | None, scaling: float) -> tuple[Tensor, Tensor | None]:
-    ds = _project(grad, b.to(grad.dtype).t(), scaling, grad.new_empty((grad.shape[0], b.shape[1])))
-    if s is None:
-        return ds, None
-    grad_b = torch.empty(b.shape)
-    _outer(s, grad, scaling, grad_b.t())
+    ds = grad.new_empty((grad.shape[0], b.shape[1]))
+    grad_b = None if s is None else torch.empty(b.shape)
+    _read(grad, b.to(grad.dtype).t(), s, scaling, ds, None if grad_b is None else grad_b.t())
     return ds, grad_b
 
 
 def _grad_a_cpu(ds: Tensor, x: Tensor, dropout: Dropout | None, first_row: int) -> Tensor:
     grad_a = torch.empty((ds.shape[1], x.shape[1]))
     if dropout is None:
-        _outer(ds, x, 1.0, grad_a)
+        _read(x, None, ds, 1.0, None, grad_a)
         return grad_a
     grad_a.zero_()
     for rows, dropped in _dropped(x, dropout, first_row):
-        _outer(ds[rows], dropped, 1.0, grad_a, add=True)
+        _read(dropped, None, ds[rows], 1.0, None, grad_a, add=True)
     return grad_a
 
 
@@ -244,18 +275,40 @@ def columns(s: Tensor, ranks: list[int]) -> Sequence[Tensor]:
     return [s] if len(ranks) == 1 else s.split(ranks, 1)
 
 
-def fused_is_faster(x: Tensor, weight: list[Tensor], columns: int) -> bool:
-    """Whether `FUSED_FASTER` says so of y [M, columns] = x Wᵀ + the update, on Triton."""
-    if not FUSED_FASTER or weight[0].dtype != x.dtype or weight[0].stride(1) != 1:
+def fused_is_faster(backend: str, x: Tensor, weight: list[Tensor], columns: int) -> bool:
+    """Whether out [M, columns] = x W + the update is made faster in one kernel: `FUSED_FASTER` and `TILED_ROWS`."""
+    if weight[0].dtype != x.dtype or weight[0].stride(1) != 1:
+        return False
+    if backend == "cpu":
+        blocks = -(-x.shape[0] // TILED_BLOCK[0]) * -(-columns // TILED_BLOCK[1])
+        return in_tiles(x.dtype) and x.shape[0] >= TILED_ROWS and blocks >= TILED_BLOCKS * torch.get_num_threads()
+    if not FUSED_FASTER:
         return False
     name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
     size = (x.shape[0], x.shape[1], columns)
     return any(f[:2] == (name, x.dtype) and all(a >= b for a, b in zip(size, f[2:], strict=True)) for f in FUSED_FASTER)
 
 
-def fused(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, scaling: float, bias: Tensor | None, out: Tensor) -> None:
-    """out [M, N] = x Wᵀ + scaling · s Bᵀ + bias in one Triton kernel."""
+def fused(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out [M, N] = x Wᵀ + scaling · s Bᵀ + bias in one kernel."""
+    if backend == "cpu":
+        _multiply(x, weight.t(), s, b.to(s.dtype).t(), scaling, bias, out)
+        return
     from mmfast.kernels.lora_linear_fused import fused
 
     with torch.cuda.device_of(x):
         fused(x, weight, s, b.to(x.dtype), bias, scaling, out)
+
+
+def fused_grad(grad: Tensor, weight: Tensor, ds: Tensor, a: Tensor, out: Tensor) -> None:
+    """out [M, K] = grad W + ds A in one kernel of the CPU."""
+    _multiply(grad, weight, ds, a, 1.0, None, out)

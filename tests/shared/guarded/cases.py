@@ -79,20 +79,19 @@ DECLARED = {
     "lora_linear": Declared(
         "s",
         forward=("y + x + s", "y"),
-        backward=("2 * y + 2 * s + x", "s + x"),
-        why="the low-rank part is written first and the large product adds to it; the gradient of y is read by both, "
-        "and by the sum for B",
+        backward=("y + 2 * s + x", "s + x"),
+        why="the low-rank part is written first and the large product adds to it; the gradient of y is read by both",
     ),
     "lora_linear, dropout": Declared(
         "s + seed",
         forward=("y + 2 * x + s + a - seed", "y + x"),
-        backward=("2 * y + 2 * s + 3 * x + 2 * a - seed", "s + 3 * x + 2 * a"),
+        backward=("y + 2 * s + 3 * x + 2 * a - seed", "s + 3 * x + 2 * a"),
         why="besides, dropout(x) is made in parts that stay in cache, each of which reads A; no mask is stored",
     ),
     "lora_linear_group": Declared(
         "3 * s",
         forward=("y + 3 * x + 3 * s + all_a", "y + all_a"),
-        backward=("2 * y + 9 * s + 3 * x + all_a", "6 * s + 3 * x + all_a"),
+        backward=("y + 9 * s + 3 * x + all_a", "6 * s + 3 * x + all_a"),
         why="A's are concatenated, that x may be read once for all; each product reads x, or adds to its gradient",
     ),
     "bias_scale_linear, output": Declared(

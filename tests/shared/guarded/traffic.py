@@ -43,8 +43,8 @@ WRITES = {
     "int8_quantize_cpu": "values scale",
     "linear_cross_entropy_rows": "+logits losses correct",
     "low_rank_expand": "out",
-    "low_rank_outer": "out",
-    "low_rank_project": "out",
+    "low_rank_product": "out",
+    "low_rank_read": "projected outer",
     "mixture_adapter_bwd_cpu": "grad_x grad_down grad_down_bias grad_up",
     "mixture_adapter_fwd_cpu": "y z",
     "nf4_dequantize_cpu": "out",
@@ -207,7 +207,7 @@ def _declared(kernel: str, given: dict[str, Any]) -> tuple[set[str], set[str]]:
     read_too = {name[1:] for name in names if name.startswith("+")}
     written = {name.removeprefix("+") for name in names}
     if given.get("add"):  # what is added to is read
-        read_too |= {"out"}
+        read_too |= {"outer"}
     if given.get("write_gradient") is False:  # logits are overwritten only by a gradient
         written -= {"logits"}
     return written, read_too
