@@ -33,6 +33,7 @@ class Ladder:
         trained: whether gradients are asked for; each is measured.
         train: places of the arguments that want one then.
         fits: whether the op counts calls like this (dtype, trained, device) under the key.
+        autograd: whether it is on.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Ladder:
     trained: tuple[bool, ...] = (False,)
     train: tuple[int, ...] = (0,)
     fits: Callable[[torch.dtype, bool, str], bool] = lambda dtype, trained, device: True
+    autograd: bool = True
 
     @property
     def sizes(self) -> list[int]:
@@ -175,8 +177,10 @@ YES, BOTH = (True,), (False, True)
 LADDERS = (
     Ladder("swiglu", "forward", 12, 21, _swiglu, FLOATS),
     Ladder("swiglu", "backward", 13, 21, _swiglu, FLOATS, YES, (0, 1)),
+    Ladder("swiglu", "packed forward", 10, 21, _swiglu, FLOATS, autograd=False),
     Ladder("rope", "float16 forward", 12, 24, _rope, (torch.float16,)),
     Ladder("rope", "float16 backward", 12, 22, _rope, (torch.float16,), YES, (0, 1)),
+    Ladder("gated_residual", "packed forward", 10, 22, _gated_residual, FLOATS, autograd=False),
     Ladder("gated_residual", "float32", 12, 22, _gated_residual, (torch.float32,), BOTH, (0, 1, 2)),
     Ladder("gated_residual", "float16", 12, 22, _gated_residual, (torch.float16,), BOTH, (0, 1, 2)),
     Ladder("gated_residual", "bfloat16", 12, 22, _gated_residual, (torch.bfloat16,), BOTH, (0, 1, 2)),

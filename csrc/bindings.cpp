@@ -4,6 +4,7 @@
 
 #include "cpu/amx.h"
 #include "tensor_view.h"
+#include "torch_tensor.h"
 
 namespace py = pybind11;
 
@@ -109,21 +110,63 @@ void spatio_temporal_pool_bwd_cuda(TensorView grad_pooled, std::optional<TensorV
 #endif
 }  // namespace mmfast
 
+namespace {
+
+// By the C API, which calls them in a third of the time.
+PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  Py_ssize_t size;
+  const char* pattern = count ? PyUnicode_AsUTF8AndSize(arguments[0], &size) : nullptr;
+  if (!pattern) return PyErr_Format(PyExc_TypeError, "fits(pattern, *tensors)");
+  return PyLong_FromLongLong(mmfast::dlpack::fits({pattern, static_cast<size_t>(size)}, arguments + 1, count - 1));
+}
+
+PyObject* packed_alike(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return PyLong_FromLongLong(mmfast::dlpack::packed_alike(arguments, count));
+}
+
+PyMethodDef FAST[] = {
+    {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits)), METH_FASTCALL, nullptr},
+    {"packed_alike", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(packed_alike)), METH_FASTCALL, nullptr},
+    {},
+};
+
+}  // namespace
+
 namespace pybind11::detail {
 
-// (address, dtype code, shape, strides), made by mmfast.ops.extension.view.
+// (address, dtype code, shape, strides), made by mmfast.ops.extension.view; or a tensor on the CPU itself, once there
+// was `take_tensors`.
 template <>
 struct type_caster<mmfast::TensorView> {
   PYBIND11_TYPE_CASTER(mmfast::TensorView, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]]"));
 
+  // By the C API: what pybind11 casts a tuple with takes as long as a small kernel.
   bool load(handle source, bool) {
-    if (!isinstance<tuple>(source)) return false;
-    const auto fields = reinterpret_borrow<tuple>(source);
-    if (fields.size() != 4) return false;
-    value.data = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
-    value.dtype = static_cast<mmfast::DType>(fields[1].cast<int>());
-    value.shape = fields[2].cast<std::vector<int64_t>>();
-    value.strides = fields[3].cast<std::vector<int64_t>>();
+    PyObject* fields = source.ptr();
+    if (const auto tensor = mmfast::dlpack::read(fields)) return load_tensor(*tensor);
+    if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
+    value.dtype = static_cast<mmfast::DType>(PyLong_AsLong(PyTuple_GET_ITEM(fields, 1)));
+    const bool found =
+        read(PyTuple_GET_ITEM(fields, 2), value.shape) && read(PyTuple_GET_ITEM(fields, 3), value.strides);
+    if (PyErr_Occurred()) throw error_already_set();
+    return found;
+  }
+
+  bool load_tensor(const mmfast::dlpack::Tensor& tensor) {
+    const auto dtype = tensor.dtype();
+    if (!dtype || tensor.device_type != mmfast::dlpack::CPU) return false;
+    value = {static_cast<char*>(tensor.data) + tensor.byte_offset,
+             *dtype,
+             {tensor.shape, tensor.shape + tensor.dims},
+             {tensor.strides, tensor.strides + tensor.dims}};
+    return true;
+  }
+
+  static bool read(PyObject* numbers, std::vector<int64_t>& into) {
+    if (!PyTuple_Check(numbers)) return false;
+    into.resize(PyTuple_GET_SIZE(numbers));
+    for (size_t i = 0; i < into.size(); ++i) into[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(numbers, i));
     return true;
   }
 };
@@ -141,6 +184,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
   m.attr("cuda_architectures") = "";
 #endif
+
+  m.def("take_tensors", &mmfast::dlpack::take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("table"));
+  if (PyModule_AddFunctions(m.ptr(), FAST)) throw py::error_already_set();
 
   m.def("dropout_cpu", &mmfast::dropout_cpu, py::arg("x"), py::arg("seed"), py::arg("threshold"), py::arg("first_row"),
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

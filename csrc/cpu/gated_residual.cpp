@@ -1,4 +1,4 @@
-// x + factor · y with a factor for each column. (The gradients are a pass of bias_scale_linear.cpp.)
+// x + factor · y with one factor, or one for each column. (The gradients are a pass of bias_scale_linear.cpp.)
 #include <cstdint>
 
 #include "../tensor_view.h"
@@ -12,9 +12,11 @@ namespace {
 
 constexpr const char* OP = "gated_residual";
 
-template <typename T>
+// `ONE`: the factor is one number for all.
+template <bool ONE, typename T>
 MMFAST_INLINE void add_gated(const T* x, const T* y, const float* factor, T* out, int64_t first, int64_t count) {
-  for (int64_t i = first; i < count; ++i) out[i] = from_float<T>(to_float(x[i]) + factor[i] * to_float(y[i]));
+  for (int64_t i = first; i < count; ++i)
+    out[i] = from_float<T>(to_float(x[i]) + factor[ONE ? 0 : i] * to_float(y[i]));
 }
 
 }  // namespace
@@ -26,20 +28,22 @@ MMFAST_INLINE void add_gated(const T* x, const T* y, const float* factor, T* out
 namespace mmfast {
 namespace {
 
-template <typename T>
+template <bool ONE, typename T>
 void add_gated_row(const T* x, const T* y, const float* factor, T* out, int64_t count, int vector_bits) {
 #if defined(__x86_64__)
-  if (vector_bits >= 512 && has_avx512()) return avx512::add_gated(x, y, factor, out, count);
-  if (vector_bits >= 256 && has_avx2()) return avx2::add_gated(x, y, factor, out, count);
+  if (vector_bits >= 512 && has_avx512()) return avx512::add_gated<ONE>(x, y, factor, out, count);
+  if (vector_bits >= 256 && has_avx2()) return avx2::add_gated<ONE>(x, y, factor, out, count);
 #endif
-  add_gated(x, y, factor, out, 0, count);
+  add_gated<ONE>(x, y, factor, out, 0, count);
 }
 
 }  // namespace
 
-// out = x + factor · y; x, y, out [M, N] of one dtype, factor [N] f32. Vectors of `vector_bits` at most are used.
+// out = x + factor · y; x, y, out [M, N], or packed [..., N], of one dtype, factor [N] or [1] f32. Vectors of
+// `vector_bits` at most are used.
 void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads,
                             int vector_bits) {
+  for (TensorView* view : {&x, &y, &out}) to_matrix(*view);
   check(x.dim() == 2, OP, ": x is ", x, "; expected two dimensions");
   const int64_t rows = x.size(0), columns = x.size(1);
   check_matrix(OP, "x", x, rows, columns);
@@ -47,13 +51,16 @@ void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, Tenso
   check_matrix(OP, "out", out, rows, columns);
   check(y.dtype == x.dtype && out.dtype == x.dtype, OP, ": x is ", name_of(x.dtype), ", y ", name_of(y.dtype),
         " and out ", name_of(out.dtype), "; expected one dtype");
-  factor.expect("factor", DType::f32, {columns});
+  const bool one = factor.numel() == 1;
+  if (one) factor.shape = factor.strides = {1};
+  factor.expect("factor", DType::f32, {one ? 1 : columns});
   with_scalar(OP, x.dtype, [&](auto scalar) {
     using T = decltype(scalar);
     const auto from = matrix<T>(x), with = matrix<T>(y), to = matrix<T>(out);
 #pragma omp parallel for num_threads(worthwhile_threads(rows * columns, threads)) schedule(static)
     for (int64_t i = 0; i < rows; ++i)
-      add_gated_row(from.row(i), with.row(i), factor.as<float>(), to.row(i), columns, vector_bits);
+      (one ? add_gated_row<true, T> : add_gated_row<false, T>)(from.row(i), with.row(i), factor.as<float>(), to.row(i),
+                                                               columns, vector_bits);
   });
 }
 

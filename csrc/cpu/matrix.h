@@ -29,6 +29,16 @@ Matrix<T> matrix(const std::optional<TensorView>& view) {
   return view ? matrix<T>(*view) : Matrix<T>{nullptr, 0};
 }
 
+// Makes a matrix of a packed view [..., columns]; leaves any other view as it is.
+inline void to_matrix(TensorView& view) {
+  if (view.dim() == 2 || view.dim() == 0 || !view.is_contiguous()) return;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < view.dim(); ++i) rows *= view.size(i);
+  const int64_t columns = view.shape.back();
+  view.shape = {rows, columns};
+  view.strides = {columns, 1};
+}
+
 // Raises unless the view is [rows, columns] with packed rows; `op` and `name` say whose it is.
 inline void check_matrix(const char* op, const char* name, const TensorView& view, int64_t rows, int64_t columns) {
   check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),

@@ -16,15 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmfast.ops import crossovers, extension
 
 NAMES = ("cuda", "cpu", "triton", "reference")
 
 LIBRARY = torch.library.Library("mmfast", "FRAGMENT")
-
-# A plain global, not a context variable: torch.compile guards on it and traces through.
-_requested: str | None = None
 
 
 class BackendUnavailable(NotImplementedError):
@@ -183,7 +181,7 @@ class Op:
                 order) cannot run the call.
             ValueError: no such backend.
         """
-        request = backend or _requested or _DEFAULT
+        request = backend or _requested
         for candidate in self.backends:
             if request is None:
                 if self._refusal(candidate, call, machine) is None:
@@ -219,7 +217,8 @@ def known(backend: str | None) -> str | None:
     return backend
 
 
-_DEFAULT = known(os.environ.get("MMFAST_BACKEND") or None)
+# A plain global, not a context variable: torch.compile guards on it and traces through.
+_requested = known(os.environ.get("MMFAST_BACKEND") or None)
 
 
 @contextlib.contextmanager
@@ -254,12 +253,53 @@ def plain(tensors: tuple[Tensor | None, ...], backend: str | None) -> bool:
     An op may then take its reference for a small call at once: reading its own code from memory, for a check and a
     selection, costs more (30 to 70 us where a large weight has emptied the caches) than a small call can win back.
     """
-    if backend or _requested or _DEFAULT or torch.is_autocast_enabled("cpu"):
+    if backend or _requested or torch.is_autocast_enabled("cpu"):
         return False
     for tensor in tensors:
         if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.is_floating_point()):
             return False
     return True
+
+
+def fits(backend: str | None, pattern: str, *tensors: Any) -> int:
+    """What the first word of `pattern` counts, if a check of these tensors could find nothing; else -1.
+
+    For an op that takes its reference at once where a call is small: no backend is asked for, nothing is traced, and
+    C++ has seen that each is a floating `Tensor` or `Parameter` on the CPU, and what `pattern` says of it. In Python
+    this would take a tenth of a small call: code that is not in the caches is slow to read, more than to run.
+
+    Args:
+        backend: the public function's argument.
+        pattern: what is counted, then a word for each tensor. A word is a letter for each dimension, which stands for
+            a size, the same wherever it is met; 1 is one; * in front is any other dimensions, the same in every word;
+            ~ in front lets it be one number, [] or [1], as well. Behind it = demands the dtype of the first tensor, #
+            int64 instead of a floating one, and a last ? lets it be None. A linear layer, whose output is counted:
+            "*n *k nk= n=?".
+    """
+    if torch.compiler.is_compiling() or backend or _requested:
+        return -1
+    return extension.fits()(pattern, *tensors)
+
+
+def packed(first: Tensor, second: Tensor) -> int:
+    """The number of elements of each, if a kernel in C++ takes these as they are, without views made in Python; else 0.
+
+    It takes contiguous ones on the CPU, of one shape [..., n] and one dtype that kernels have. It is 0 where a backend
+    is asked for by `use_backend`, in a traced graph, where somebody listens, and with autograd on: to ask for gradients
+    costs more than a small call has.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _requested or overhears():
+        return 0
+    return extension.packed_alike()(first, second)
+
+
+def overhears() -> bool:
+    """Whether somebody is to hear of a kernel: a dispatch mode, torch.func, forward-mode differentiation."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def checked_late(reference: Callable[..., Any], check: Callable[..., Any], *arguments: Any) -> Any:
@@ -311,9 +351,4 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _overheard(argument: Tensor | Sequence[Tensor]) -> bool:
     """Whether a call must go through PyTorch's dispatcher, because somebody listens there."""
     tensor = argument if isinstance(argument, Tensor) else argument[0]
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or type(tensor) not in _PLAIN
-        or not (tensor.is_cpu or tensor.is_cuda)
-    )
+    return overhears() or type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda)

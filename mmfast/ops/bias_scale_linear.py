@@ -154,24 +154,28 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return (Size(call.scale_on, rows * columns, "rows · N is {}"),)
 
 
+# What is counted, and the shapes of x, weight, bias and scale, for `backends.fits`.
+PATTERNS = {"output": "*n *k nk= n? n", "input": "*k *k nk= n? k"}
+
+
+def _is_small_float32(x: Tensor, weight: Any, bias: Tensor | None, scale: Tensor | None, backend: str | None) -> bool:
+    """`_is_small` for a scale on the output where all have the dtype of x, fp32, and `reference` is two calls."""
+    elements = backends.fits(backend, "*n *k nk= n=? n=", x, weight, bias, scale)
+    return 0 <= elements < LEAST["output"] and not torch._C._is_any_autocast_enabled()
+
+
 def _is_small(
     x: Tensor, weight: Any, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
 ) -> bool:
-    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
-    if not backends.plain((x, weight, bias, scale), backend) or x.dim() == 0 or weight.dim() != 2:
+    """Whether `check` would find nothing and `OP.select` take the reference, in less time than these."""
+    if scale_on in PATTERNS:
+        small = 0 <= backends.fits(backend, PATTERNS[scale_on], x, weight, bias, scale) < LEAST[scale_on]
+    else:  # without a scale the reference is best at any size
+        small = scale is None and scale_on == "none" and backends.fits(backend, "*n *k nk= n=?", x, weight, bias) >= 0
+    if not small or torch._C._is_any_autocast_enabled():
         return False
-    columns, features = weight.shape
-    rows = x.numel() // max(features, 1)
-    if x.dtype != weight.dtype or products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()):
-        return False
-    # Vectors of wrong sizes are left to the check: broadcasting could let them pass.
-    if bias is not None and bias.shape != (columns,):
-        return False
-    # Without a scale the reference is best at any size.
-    if scale is None or scale_on == "none":
-        return scale is None and scale_on == "none" and (bias is None or bias.dtype == x.dtype)
-    size, scaled = (x.numel(), features) if scale_on == "input" else (rows * columns, columns)
-    return scale_on in SCALE_ON and size < LEAST[scale_on] and scale.shape == (scaled,)
+    slow = x.dtype != torch.float32 and products.is_slow(x.dtype, len(x.flatten(0, -2)), grad=torch.is_grad_enabled())
+    return not slow
 
 
 OP = Op(
@@ -468,8 +472,11 @@ def bias_scale_linear(
 
     Source: Gao et al., "LLaMA-Adapter V2" (arXiv 2304.15010), and its code: see `reference`.
     """
+    if scale_on == "output" and x.dtype == torch.float32 and _is_small_float32(x, weight, bias, scale, backend):
+        y: Any = F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return y * scale if torch.is_grad_enabled() else y.mul_(scale)
     if _is_small(x, weight, bias, scale, scale_on, backend):
-        return backends.checked_late(reference, check, x, weight, bias, scale, scale_on)
+        return reference(x, weight, bias, scale, scale_on)
     call = check(x, weight, bias, scale, scale_on)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -27,9 +28,12 @@ View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("mmfast._C"), ""
+        found = importlib.import_module("mmfast._C")
     except ImportError as error:
         return None, f"the compiled extension mmfast._C cannot be imported ({error})"
+    if table := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None):
+        found.take_tensors(torch.Tensor, torch.nn.Parameter, table)
+    return found, ""
 
 
 def missing(part: str) -> str | None:
@@ -42,6 +46,7 @@ def missing(part: str) -> str | None:
     return None
 
 
+@cache
 def module() -> ModuleType:
     """`mmfast._C`.
 
@@ -52,6 +57,22 @@ def module() -> ModuleType:
     if found is None:
         raise ImportError(reason)
     return found
+
+
+@cache
+def fits() -> Callable[..., int]:
+    """What `mmfast.ops.backends.fits` asks of C++; without the extension, a function that returns -1."""
+    found, _ = _load()
+    return (lambda pattern, *tensors: -1) if found is None else found.fits
+
+
+@cache
+def packed_alike() -> Callable[..., int]:
+    """The elements of each of some tensors, if all are contiguous, on the CPU, and of one shape [..., n] and one dtype
+    that kernels have; else 0. Without the extension, a function that returns 0.
+    """
+    found, _ = _load()
+    return (lambda *tensors: 0) if found is None else found.packed_alike
 
 
 def view(tensor: torch.Tensor) -> View:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension
+from mmfast.ops import backends, crossovers, extension
 from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,6 +20,9 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # The ignore_index where every row has a label: no label is that.
 NONE_IGNORED = -(2**63)
+
+# What rows · V · H must come to before the steps on the host cost less than they save.
+LEAST = crossovers.CPU.cpu("linear_cross_entropy")
 
 # So many bytes of logits exist at a time: 512 rows of 32000 float32 logits, enough for efficient matrix products.
 WORKSPACE_BYTES = 64 * 2**20
@@ -156,7 +160,6 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
-    # What it must come to before the steps on the host cost less than they save.
     return (Size("work", call.labels.numel() * call.weight.numel(), "rows · V · H is {}"),)
 
 
@@ -401,6 +404,19 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
+def _mean(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """`reference` on a CPU, for the mean: PyTorch's own, which is NaN over no row."""
+    logits, targets = F.linear(hidden, weight), labels
+    if labels.dim() > 1:
+        logits, targets = logits.flatten(0, -2), labels.flatten()
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    if math.isnan(loss.item()):
+        return reference(hidden, weight, labels, ignore_index)  # type: ignore[return-value]
+    return loss
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -443,6 +459,11 @@ def linear_cross_entropy(
     Numerics: logits and their gradient are rounded to the dtype of `hidden`, as in eager PyTorch; between them all
     is fp32, and so is the sum of the gradient of `weight` over chunks. Deterministic.
     """
+    if reduction == "mean" and not (ignore_index is None or label_smoothing or return_accuracy):
+        # What `check` and `OP.select` would find, in less time than a small call takes.
+        work = backends.fits(backend, "*tvh *th vh= *t#", hidden, weight, labels)
+        if 0 < work < LEAST["work"] and not torch._C._is_any_autocast_enabled():
+            return _mean(hidden, weight, labels, ignore_index)
     call = check(
         hidden,
         weight,

@@ -88,12 +88,17 @@ def reference(
         h = dropouts.reference(h, dropout).to(wide)
     groups, router = down_weight.shape[-2] // up.shape[2], None if router is None else router.to(wide)
     if router is None and groups == 1:
-        update = F.linear(h, up[0], None if up_bias is None else up_bias[0])
+        update = _single(h, up, up_bias)
     elif router is not None and router.dim() == 2 and x.dim() == 3 and _merges(x, down_weight):
         update = _merged_update(h, up, up_bias, router, groups)
     else:
         update = _update(h, up, up_bias, router, groups)
     return products.add_scaled(x, update, scale).to(dtype)
+
+
+def _single(h: Tensor, up: Tensor, up_bias: Tensor | None) -> Tensor:
+    """`_update` of one expert and one group. (The gradient of up[0] would be zeros into which the row is copied.)"""
+    return F.linear(h, up.squeeze(0), None if up_bias is None else up_bias.squeeze(0))
 
 
 def _update(h: Tensor, up: Tensor, up_bias: Tensor | None, router: Tensor | None, groups: int) -> Tensor:
@@ -303,6 +308,25 @@ def _is_small(
     )
 
 
+def _is_small_float32(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    backend: str | None,
+) -> bool:
+    """`_is_small` for one expert without a router where all is fp32 and `reference` casts nothing."""
+    elements = backends.fits(backend, "*bh *bh rh= r=? 1hr= 1h=?", x, down_weight, down_bias, up_weight, up_bias)
+    return (
+        0 <= elements < LEAST[_key(x, torch.is_grad_enabled())]
+        and x.dtype == torch.float32
+        and activation in ACTIVATIONS
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
 OP = Op(
     "mixture_adapter",
     check,
@@ -359,6 +383,13 @@ def mixture_adapter(
 
     Source: Luo et al., "Cheap and Quick" (arXiv 2305.15023): see `reference`.
     """
+    if (
+        router is None
+        and not dropout
+        and _is_small_float32(x, down_weight, down_bias, up_weight, up_bias, activation, backend)
+    ):
+        h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
+        return products.add_scaled(x, _single(h, up_weight, up_bias), scale)
     arguments = x, down_weight, down_bias, up_weight, up_bias, router
     if not dropout and _is_small(*arguments, activation, backend):
         return backends.checked_late(_reference, check, *arguments, scale, dropout, activation)

@@ -14,7 +14,8 @@ from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements from which the kernel is faster on a CPU, without and with a gradient.
+# Elements from which the kernel is faster on a CPU: "packed" as `backends.packed` says, with autograd off; else without
+# a gradient and with one.
 LEAST = crossovers.CPU.cpu("swiglu")
 
 
@@ -61,35 +62,18 @@ def check(gate: Tensor, up: Tensor) -> Call:
         raise TypeError(f"{where}: gate is {gate.dtype} and up is {up.dtype}; expected one dtype; cast one")
     if up.device != gate.device:
         raise ValueError(f"{where}: up is on {up.device} but gate on {gate.device}; move one")
-    return Call(gate, up, _differentiated(gate, up))
-
-
-def _differentiated(gate: Tensor, up: Tensor) -> bool:
-    return torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    return Call(gate, up, torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
 
 
 def _no_float64(call: Call, machine: Machine) -> str | None:
     return "there is no float64 kernel" if call.gate.dtype == torch.float64 else None
 
 
-def _key(differentiated: bool) -> str:
-    return "backward" if differentiated else "forward"
-
-
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
-    return (Size(_key(call.differentiated), call.gate.numel(), "gate has {} elements"),)
-
-
-def _is_small(gate: Tensor, up: Tensor, backend: str | None) -> bool:
-    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
-    # Broadcasting and promotion are left to the check: PyTorch's ops would let them pass.
-    return (
-        backends.plain((gate, up), backend)
-        and gate.shape == up.shape
-        and gate.dtype == up.dtype
-        and gate.dim() > 0
-        and gate.numel() < LEAST[_key(_differentiated(gate, up))]
-    )
+    key = "backward" if call.differentiated else "forward"
+    if machine.device == "cpu" and backends.packed(call.gate, call.up):
+        key = "packed forward"
+    return (Size(key, call.gate.numel(), "gate has {} elements"),)
 
 
 OP = Op("swiglu", check, (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference")), _sizes)
@@ -106,13 +90,27 @@ def _bwd_fake(
 
 
 def _fwd_cpu(gate: Tensor, up: Tensor) -> Tensor:
+    if extension.packed_alike()(gate, up):
+        return _fwd_packed(gate, up)
     out = torch.empty(gate.shape, dtype=gate.dtype)
     matrices = [products.as_matrix(x) for x in (gate, up, out)]  # a copy among them must outlive the call
     extension.module().swiglu_fwd_cpu(*map(extension.view, matrices), torch.get_num_threads())
     return out
 
 
+def _fwd_packed(gate: Tensor, up: Tensor) -> Tensor:
+    """`_fwd_cpu` of contiguous tensors, which C++ takes as they are."""
+    out = torch.empty_like(gate)
+    extension.module().swiglu_fwd_cpu(gate, up, out, torch.get_num_threads())
+    return out
+
+
 def _bwd_cpu(grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool) -> list[Tensor]:
+    if extension.packed_alike()(grad, gate, up if need_gate else gate):
+        grad_gate, grad_up = (torch.empty_like(gate) if needed else None for needed in (need_gate, need_up))
+        up = up if need_gate else None
+        extension.module().swiglu_bwd_cpu(grad, gate, up, grad_gate, grad_up, torch.get_num_threads())
+        return [x for x in (grad_gate, grad_up) if x is not None]
     grads, matrices = _gradients(grad, gate, up, need_gate, need_up)
     extension.module().swiglu_bwd_cpu(*map(extension.optional_view, matrices), torch.get_num_threads())
     return grads
@@ -199,8 +197,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; see `reference`.
     """
-    if _is_small(gate, up, backend):
-        return backends.checked_late(reference, check, gate, up)
+    # What `check` and `OP.select` would find, in less time than a small call takes.
+    if not backend and not torch.is_grad_enabled() and (count := backends.packed(gate, up)):
+        return _fwd_packed(gate, up) if count >= LEAST["packed forward"] else reference(gate, up)
+    if 0 <= backends.fits(backend, "*f *f *f=", gate, up) < min(LEAST["forward"], LEAST["backward"]):
+        return reference(gate, up)
     call = check(gate, up)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

@@ -101,20 +101,25 @@ def subjects() -> list[Any]:
 def test_the_calls_of_a_ladder(ladder: Ladder, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They pass the check, have the size and the key, and run as the table says."""
     monkeypatch.setattr("mmfast.ops.products._has_products", lambda dtype: fast or dtype == torch.float32)
-    op, sizes = backends.OPS[ladder.op], ladder.sizes[:2]
+    sizes = ladder.sizes[:2]
     for dtype, trained in ladder.variants("cpu"):
-        subject = Subject(ladder, dtype, trained, CPU, rounds=1)
-        for size in sizes:
-            call = op.check(*subject.arguments(size))
-            counted = {key: number for key, number, _ in op.sizes(call, backends.machine(CPU))}
-            assert counted[ladder.key] == size
-        assert subject.backend(size, 0) == "cpu"
-        assert subject.backend(size, crossovers.NEVER) == "reference"
-        thresholds = crossovers.CPU.cpu(ladder.op)
-        for key in thresholds:
-            monkeypatch.setitem(thresholds, key, sizes[1] if key == ladder.key else 0)
-        chosen = [op.select(op.check(*subject.arguments(size)), backends.machine(CPU)) for size in sizes]
-        assert chosen == ["reference", "cpu"]
+        with torch.set_grad_enabled(ladder.autograd):
+            _as_the_table_says(Subject(ladder, dtype, trained, CPU, rounds=1), sizes, monkeypatch)
+
+
+def _as_the_table_says(subject: Subject, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder, op = subject.ladder, backends.OPS[subject.ladder.op]
+    for size in sizes:
+        call = op.check(*subject.arguments(size))
+        counted = {key: number for key, number, _ in op.sizes(call, backends.machine(CPU))}
+        assert counted[ladder.key] == size
+    assert subject.backend(size, 0) == "cpu"
+    assert subject.backend(size, crossovers.NEVER) == "reference"
+    thresholds = crossovers.CPU.cpu(ladder.op)
+    for key in thresholds:
+        monkeypatch.setitem(thresholds, key, sizes[1] if key == ladder.key else 0)
+    chosen = [op.select(op.check(*subject.arguments(size)), backends.machine(CPU)) for size in sizes]
+    assert chosen == ["reference", "cpu"]
 
 
 def test_every_ladder_has_a_variant_on_some_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +182,7 @@ def test_the_command_writes_what_ops_read(swift: Path, capsys: pytest.CaptureFix
     assert not swift.exists()
     assert main(["bench", "crossover", "swiglu", "rope", "--device", "cpu"]) == 0
     found = crossovers.find(crossovers.device_name(CPU), {"XDG_CACHE_HOME": str(swift.parents[2])})
-    assert found.cpu("swiglu") == {"forward": 32768, "backward": 32768}
+    assert found.cpu("swiglu") == {"packed forward": 32768, "forward": 32768, "backward": 32768}
     assert found.cpu("rope")["float16 forward"] == 32768
     assert found.cpu("gated_residual") == crossovers.CPU.cpu("gated_residual")
     environment = json.loads(swift.read_text())["environment"]
@@ -189,7 +194,7 @@ def test_a_table_is_added_to(swift: Path) -> None:
     old = {"rope": {"cpu": {"float16 forward": None}}, "swiglu": {"cpu": {"forward": 5}}}
     swift.write_text(json.dumps({"device": crossovers.device_name(CPU), "ops": old}))
     assert main(["bench", "crossover", "swiglu", "--device", "cpu"]) == 0
-    new = {"swiglu": {"cpu": {"forward": 32768, "backward": 32768}}}
+    new = {"swiglu": {"cpu": {"packed forward": 32768, "forward": 32768, "backward": 32768}}}
     assert json.loads(swift.read_text())["ops"] == old | new
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,69 @@ def test_plain_is_for_floating_tensors_on_the_cpu_and_no_request() -> None:
         assert not backends.plain((x,), None)
     with torch.autocast("cpu", torch.bfloat16):
         assert not backends.plain((x,), None)
+
+
+X, W, B = torch.randn(2, 3, 8), torch.randn(4, 8), torch.randn(4)
+LINEAR = "*n *k nk= n=?"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tensors", "counted"),
+    [
+        (LINEAR, (X, W, B), 24),
+        (LINEAR, (X[0, 0], W, None), 4),
+        (LINEAR, (X[:0], W, torch.nn.Parameter(B)), 0),
+        (LINEAR, (X, W[:, :7], None), -1),
+        (LINEAR, (X, W, B[:1]), -1),
+        (LINEAR, (X, W, B.half()), -1),
+        (LINEAR, (X, None, B), -1),
+        (LINEAR, (X.long(), W.long(), None), -1),
+        (LINEAR, (X.to("meta"), W, B), -1),
+        (LINEAR, (X, W.to_sparse(), B), -1),
+        (LINEAR, (X, W, 3.0), -1),
+        ("*h *h *h=", (X, X.half()), -1),
+        ("*h *h *h", (X, X.transpose(0, 1).reshape(2, 3, 8).half()), 48),
+        ("*h *h *h", (X, X.transpose(0, 1)), -1),
+        ("*h *h *h", (X, X[0]), -1),
+        ("*h *h ~h", (X, W[0]), 48),
+        ("*h *h ~h", (X, torch.zeros(1)), 48),
+        ("*h *h ~h", (X, torch.zeros(())), 48),
+        ("*h *h ~h", (X, torch.zeros(1, 1)), -1),
+        ("*h *th *t#", (X, torch.zeros(2, 3, dtype=torch.int64)), 16),
+        ("*h *th *t#", (X, torch.zeros(2, 3)), -1),
+        ("*h *th *t#", (X[0, 0], torch.zeros((), dtype=torch.int64)), -1),
+        ("n nk 1k", (W, W[:1]), 4),
+        ("h *h", (X,), 8),
+        ("n nk 1k", (W, W), -1),
+    ],
+)
+def test_fits(pattern: str, tensors: tuple[Any, ...], counted: int) -> None:
+    assert backends.fits(None, pattern, *tensors) == counted
+    assert backends.fits("cpu", pattern, *tensors) == -1
+    with use_backend("reference"):
+        assert backends.fits(None, pattern, *tensors) == -1
+
+
+class _Own(Tensor):
+    pass
+
+
+def test_what_c_plus_plus_takes_as_it_is() -> None:
+    assert not backends.packed(W, W)  # autograd is on
+    with torch.no_grad():
+        assert backends.packed(W, torch.nn.Parameter(W))
+        assert backends.packed(W.half(), W.half())
+        strided = torch.randn(4, 16)[:, ::2]
+        for other in (W[:2], W.half(), W.to("meta"), W.as_subclass(_Own), strided, W.to_sparse(), W[None]):
+            assert not backends.packed(W, other)
+            assert not backends.packed(other, W)
+        assert not backends.packed(W.double(), W.double())
+        assert not backends.packed(W[:0], W[:0])
+        with use_backend("cpu"):
+            assert not backends.packed(W, W)
+        with _Seen():
+            assert not backends.packed(W, W)
+        assert torch.func.vmap(lambda w: w * backends.packed(w, w) + backends.packed(W, W))(W).eq(0).all()
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ def test_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference", None])
 @pytest.mark.parametrize("scale_on", SCALE_ON)
 def test_autocast_as_in_a_plain_linear(backend: str, scale_on: str) -> None:
     *tensors, _ = some((4, 16), 8, scale_on)
@@ -420,6 +420,19 @@ def test_autocast_as_in_a_plain_linear(backend: str, scale_on: str) -> None:
 def test_autocast_leaves_float64_alone() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert bias_scale_linear(*double(some((4, 16), 8))).dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale_on", SCALE_ON)
+@pytest.mark.parametrize("vectors", [torch.float32, torch.bfloat16])
+def test_small_calls_have_the_bits_of_the_reference(scale_on: str, vectors: torch.dtype) -> None:
+    arguments = some((3, 5, 16), 8, scale_on, vectors=vectors)
+    expected, ours = run(reference, arguments), run(bias_scale_linear, arguments)
+    before = [x.clone() for x in arguments[:3]]
+    with torch.no_grad():
+        ours["without autograd"], expected["without autograd"] = bias_scale_linear(*arguments), expected["output"]
+    assert all(torch.equal(x, y) for x, y in zip(arguments[:3], before, strict=True))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 # ---- the choice of a backend

@@ -19,10 +19,10 @@ DEVICE = "CPU, Fast 9000, AVX512"
 GPU = "NVIDIA H900, sm_90"
 
 
-def write(path: Path, size: Any = 7, device: str = DEVICE, backend: str = "cpu") -> Path:
+def write(path: Path, size: Any = 7, device: str = DEVICE, backend: str = "cpu", key: str = "forward") -> Path:
     """A table with one size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device, "ops": {"swiglu": {backend: {"forward": size}}}}))
+    path.write_text(json.dumps({"device": device, "ops": {"swiglu": {backend: {key: size}}}}))
     return path
 
 
@@ -92,7 +92,7 @@ def test_without_a_cache_folder_of_its_own_the_user_has_the_usual_one(monkeypatc
         ({"device": "x", "ops": {"swiglu": {"cpu": 3}}}, "ops.swiglu.cpu is 3; expected an object"),
         (
             {"device": "x", "ops": {"swiglu": {"cpu": {"both": 3}}}},
-            "ops.swiglu.cpu has 'both'; expected any of 'forward', 'backward'",
+            "ops.swiglu.cpu has 'both'; expected any of 'packed forward', 'forward', 'backward'",
         ),
         *(
             (
@@ -163,14 +163,15 @@ def test_ops_do_as_the_named_table_says(tmp_path: Path) -> None:
     code = """
 import sys, torch, mmfast.ops
 module = sys.modules["mmfast.ops.swiglu"]
-module._FWD = lambda *arguments: sys.exit("the kernel ran")
+module._fwd_packed = lambda *arguments: sys.exit("the kernel ran")
 gate = torch.randn(512, 1024)
+torch.set_grad_enabled(False)
 assert torch.equal(mmfast.ops.swiglu(gate, gate), module.reference(gate, gate))
 print(mmfast.ops.explain("swiglu", gate, gate))
 """
     runs = []
     for size in (2**40, 2**19):
-        table = write(tmp_path / "table.json", size)
+        table = write(tmp_path / "table.json", size, key="packed forward")
         env = {**os.environ, "PYTHONSAFEPATH": "1", "MMFAST_CROSSOVERS": str(table)}
         runs.append(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True))
     assert (runs[0].returncode, runs[1].stderr) == (0, "the kernel ran\n"), runs

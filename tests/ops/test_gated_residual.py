@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -253,6 +254,22 @@ def test_explain() -> None:
         f"  cpu: x has 16 elements; below {FLOAT32} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", [(), (1,), (333,)])
+def test_packed_calls_without_autograd_run_the_kernel_at_once(
+    dtype: torch.dtype, gates: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = (torch.randn(3, 7, 333).to(dtype) for _ in range(2))
+    gate = torch.randn(gates).half()
+    with torch.no_grad():
+        expected = gated_residual(x, y, gate, backend="cpu")
+        assert explain(gated_residual, x, y, gate).startswith("gated_residual runs on: cpu\n")
+        monkeypatch.setattr(sys.modules[OP.check.__module__], "check", lambda *arguments: pytest.fail("checked"))
+        found = gated_residual(x, y.requires_grad_(), gate)
+    assert torch.equal(found, expected)
+    assert (found.shape, found.is_contiguous(), found.requires_grad) == (x.shape, True, False)
 
 
 X, G = torch.zeros(2, 3), torch.zeros(1)

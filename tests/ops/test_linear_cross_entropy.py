@@ -485,6 +485,25 @@ def test_small_calls_are_left_to_the_reference() -> None:
     assert OP.select(check(hidden, weight, labels), GPU) == "triton"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("leading", [(20,), (4, 5)])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_small_calls_give_what_the_reference_gives(
+    dtype: torch.dtype, leading: tuple[int, ...], labelled: bool
+) -> None:
+    hidden, weight, labels = example(leading, 64, 512, dtype=dtype)
+    labels = labels if labelled else torch.full_like(labels, -100)
+    ours, expected = (results(function, hidden, weight, labels) for function in (linear_cross_entropy, reference))
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(
+            found, wanted, rtol=0 if not labelled else 1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+    if not labelled:
+        assert not any(found.any() for found in ours)
+    with pytest.raises(IndexError):
+        linear_cross_entropy(hidden, weight, torch.full_like(labels, 512))
+
+
 def test_explain_and_impossible_requests() -> None:
     hidden, weight, labels = example((256,), 64, 1024)
     assert "runs on: cpu" in explain(linear_cross_entropy, hidden, weight, labels)

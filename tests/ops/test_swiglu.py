@@ -314,6 +314,42 @@ def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatc
     assert ran == [backend, backend]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5003,), (64, 128), (3, 7, 333)])
+def test_packed_calls_without_autograd_run_the_kernel_at_once(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, up = some(*shape, dtype=dtype)
+    with torch.no_grad():
+        expected = swiglu(gate, up, backend="cpu")
+        assert explain(swiglu, gate, up).startswith("swiglu runs on: cpu\n")
+        monkeypatch.setattr(sys.modules[OP.check.__module__], "check", lambda *arguments: pytest.fail("checked"))
+        found = swiglu(gate.requires_grad_(), up)
+    assert torch.equal(found, expected)
+    assert (found.shape, found.is_contiguous(), found.requires_grad) == (gate.shape, True, False)
+
+
+def test_calls_that_are_not_packed_do_as_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, up = some(64, 128)
+    monkeypatch.setattr(sys.modules[OP.check.__module__], "_fwd_packed", lambda *arguments: pytest.fail("the kernel"))
+
+    def refers(gate: Tensor, up: Tensor) -> bool:
+        return torch.equal(swiglu(gate, up), F.silu(gate) * up) and "runs on: reference" in explain(swiglu, gate, up)
+
+    assert refers(gate, up)  # autograd is on
+    with torch.no_grad():
+        assert refers(*torch.cat((gate, up), 1).chunk(2, 1))
+        assert refers(gate.double(), up.double())
+        assert refers(gate[:1, :16], up[:1, :16])
+        with use_backend("reference"):
+            assert refers(gate, up)
+        assert torch.equal(torch.func.vmap(swiglu)(gate, up), F.silu(gate) * up)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(gate, torch.ones_like(gate))
+            tangent = torch.autograd.forward_ad.unpack_dual(swiglu(dual, up)).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(F.silu, (gate,), (torch.ones_like(gate),))[1] * up)
+
+
 def test_small_calls_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[OP.check.__module__]
     gate, up = some(2, 8)
@@ -348,7 +384,9 @@ def test_cpp_checks_what_it_is_given() -> None:
     with pytest.raises(ValueError, match="out is float16; expected float32"):
         kernels.swiglu_fwd_cpu(view(x), view(x), view(x.half()), 1)
     with pytest.raises(ValueError, match=r"gate is float32.*; expected two dimensions"):
-        kernels.swiglu_fwd_cpu(view(x[0]), view(x), view(x), 1)
+        kernels.swiglu_fwd_cpu(view(x[:, 0]), view(x), view(x), 1)
+    with pytest.raises(ValueError, match=r"up is float32\[3, 4\]; expected \[1, 4\]"):
+        kernels.swiglu_fwd_cpu(x[0], x, x, 1)
     with pytest.raises(ValueError, match="grad_gate and up come together"):
         kernels.swiglu_bwd_cpu(view(x), view(x), None, view(x), None, 1)
     with pytest.raises(ValueError, match="no gradient is asked for"):

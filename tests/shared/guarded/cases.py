@@ -72,9 +72,9 @@ DECLARED = {
         "rstd", backward=("2 * weight", "2 * weight"), why="the weight's gradient is summed in fp32, then cast"
     ),
     "gated_residual": Declared(
-        forward=("factor + number", "factor + number"),
+        forward=("number", "number"),
         backward=("3 * factor + 7 * number", "3 * factor + 6 * number"),
-        why="tanh(gate), once for each channel; sums for each channel, then their sum in float64",
+        why="tanh(gate), for backward once for each channel; sums for each channel, then their sum in float64",
     ),
     "lora_linear": Declared(
         "s",

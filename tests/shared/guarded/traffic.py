@@ -186,6 +186,7 @@ class _Kernels:
         names = re.findall(r"[(,] ?(\w+): ", kernel.__doc__.splitlines()[0])
 
         def run(*args: Any) -> Any:
+            args = tuple(extension.view(value) if isinstance(value, Tensor) else value for value in args)
             given = dict(zip(names, args, strict=False))
             written, read_too = _declared(name, given)
             reads, writes = [], []
