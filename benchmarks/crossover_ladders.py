@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import products
+from mmfast.ops.resampler_attention import only_reference_has_matrix
 
 Arguments = tuple[Any, ...]
 
@@ -69,12 +70,8 @@ def _fast(dtype: torch.dtype, trained: bool, device: str) -> bool:
     return not _slow(dtype, trained, device)
 
 
-def _matrix(dtype: torch.dtype, trained: bool, device: str) -> bool:
-    return not trained and products.multiplies_16_bit(dtype, device)
-
-
 def _no_matrix(dtype: torch.dtype, trained: bool, device: str) -> bool:
-    return not _matrix(dtype, trained, device)
+    return not only_reference_has_matrix(dtype, trained, device)
 
 
 def _swiglu(size: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -204,5 +201,13 @@ LADDERS = (
     Ladder("zero_init_attention", "rows", 1, 7, _decoding, FLOATS, BOTH, (0, 3, 4, 5)),
     Ladder("resampler_attention", "float32", 19, 26, _resampler_attention, trained=BOTH, train=(0, 1, 2)),
     Ladder("resampler_attention", "16-bit", 17, 24, _resampler_attention, HALVES, BOTH, (0, 1, 2), _no_matrix),
-    Ladder("resampler_attention", "16-bit matrix forward", 25, 31, _resampler_attention, HALVES, fits=_matrix),
+    Ladder(
+        "resampler_attention",
+        "16-bit matrix forward",
+        25,
+        31,
+        _resampler_attention,
+        HALVES,
+        fits=only_reference_has_matrix,
+    ),
 )

@@ -285,11 +285,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("zero_init_attention_fwd_cpu", &mmfast::zero_init_attention_fwd_cpu, py::arg("words"), py::arg("query"),
         py::arg("prompt_key"), py::arg("prompt_value"), py::arg("act"), py::arg("scale"), py::arg("out"),
-        py::arg("threads"), py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::arg("vector_bits") = mmfast::TILE_BITS, py::call_guard<py::gil_scoped_release>());
   m.def("zero_init_attention_bwd_cpu", &mmfast::zero_init_attention_bwd_cpu, py::arg("grad"), py::arg("query"),
         py::arg("prompt_key"), py::arg("prompt_value"), py::arg("act"), py::arg("scale"), py::arg("grad_query"),
         py::arg("grad_key"), py::arg("grad_value"), py::arg("grad_act"), py::arg("threads"),
-        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
+        py::arg("vector_bits") = mmfast::TILE_BITS, py::call_guard<py::gil_scoped_release>());
 #ifdef MMFAST_WITH_CUDA
   m.def("spatio_temporal_pool_parts_cuda", &mmfast::spatio_temporal_pool_parts_cuda, py::arg("features"),
         py::arg("rows"));

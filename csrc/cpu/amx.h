@@ -9,6 +9,10 @@
 
 #include "lanes.h"
 
+namespace mmfast {
+constexpr int TILE_BITS = 8192;  // a tile as the widest of vectors, where a kernel is told which it may use
+}
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "amx.h"
 #include "exponential.h"
 #include "matrix.h"
 #include "sixteen.h"
@@ -276,6 +277,8 @@ MMFAST_KERNELS(avx512, Wholes, 8, __attribute__((target("arch=x86-64-v4"))))
 
 template <typename T>
 const Kernels<T>& kernels(int bits) {
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    if (bits >= TILE_BITS && amx_kernels()) return *amx_kernels();
 #if defined(__x86_64__)
   if (bits >= 512 && __builtin_cpu_supports("x86-64-v4")) return avx512<T>;
   if (bits >= 256 && __builtin_cpu_supports("x86-64-v3")) return avx2<T>;

@@ -97,11 +97,11 @@ struct Scratch {
   }
 };
 
-inline int64_t forward_scratch(int64_t dim) { return 4 * TILE * round_up(dim) + TILE * TILE + 3 * TILE; }
+inline int64_t forward_scratch(int64_t dim) { return 4 * TILE * round_up(dim) + 2 * TILE * TILE + 3 * TILE; }
 
 inline int64_t backward_scratch(int64_t queries, int64_t dim) {
   const int64_t tiles = (queries + TILE - 1) / TILE;
-  return (5 * tiles + 4) * TILE * round_up(dim) + 2 * TILE * TILE + 2 * tiles * TILE;
+  return (5 * tiles + 4) * TILE * round_up(dim) + 4 * TILE * TILE + 2 * tiles * TILE;
 }
 
 // The loops as they are compiled for one kind of CPU.
@@ -115,8 +115,12 @@ struct Kernels {
   void (*backward)(const Head<T>&, Scratch&, Rows<T> grad_query, float* part);
 };
 
-// Those for the widest vectors that this CPU has, of `bits` at most; for float, Float16 and Bfloat16.
+// Those for the widest vectors that this CPU has, of `bits` at most; for float, Float16 and Bfloat16. A tile of AMX is a
+// vector of TILE_BITS.
 template <typename T>
 const Kernels<T>& kernels(int bits);
+
+// Those in tiles of AMX; null where there are none.
+const Kernels<Bfloat16>* amx_kernels();
 
 }  // namespace mmfast::attention

@@ -18,6 +18,13 @@ MMFAST_INLINE void prefetch(const T* address, int64_t count) {
   for (int64_t i = 0; i < count; i += per_line) __builtin_prefetch(address + i, 0, 2);
 }
 
+// The same for elements that will be written.
+template <typename T>
+MMFAST_INLINE void prefetch_to_write(T* address, int64_t count) {
+  constexpr int64_t per_line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += per_line) __builtin_prefetch(address + i, 1, 2);
+}
+
 // Brings in the line 2 KiB further on, to be read or written. A pass over several operands that computes needs it: the
 // hardware's own prefetching ends with each page of 4 KiB.
 template <typename T>

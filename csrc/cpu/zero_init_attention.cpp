@@ -11,51 +11,29 @@
 #include <type_traits>
 
 #include "../tensor_view.h"
+#include "amx.h"
 #include "exponential.h"
 #include "matrix.h"
 #include "scalars.h"
 #include "sixteen.h"
 #include "stream.h"
+#include "zero_init_attention.h"
 
 namespace mmfast {
 namespace {
 
+using namespace zero_init;
+
 constexpr const char* OP = "zero_init_attention";
 
-constexpr int64_t MOST_PROMPTS = 32, MOST_DIM = 256;
 // Rows that a thread takes at a time.
 constexpr int64_t FORWARD_ROWS = 256;
 // Rows whose sums make one part. The parts are added in order, so that no sum depends on the number of threads.
 constexpr int64_t BACKWARD_ROWS = 1024;
 
-constexpr int64_t round_up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-
 // 0 for the lanes of prompts, -inf beyond them.
 struct Absent {
   alignas(64) float lanes[MOST_PROMPTS];
-};
-
-// Rows of one head. Keys and values as tiles: *_by_dim [tiles of 16 prompts, dim, 16], keys (which are scaled) and
-// values [tiles of 16 dims, prompts, 16]; zero beyond the prompts or dims.
-template <typename T>
-struct ForwardRows {
-  const T *query, *words;
-  T* out;
-  int64_t query_stride, words_stride, out_stride, rows, prompts, dim;
-  const float *keys_by_dim, *values, *absent;
-  float act;
-};
-
-// The gradients that are null are not wanted. grad_keys, grad_values [tiles of 16 prompts, dim, 16] are added to, and
-// so is grad_act.
-template <typename T>
-struct BackwardRows {
-  const T *query, *grad;
-  T* grad_query;
-  int64_t query_stride, grad_stride, grad_query_stride, rows, prompts, dim;
-  const float *keys_by_dim, *values_by_dim, *keys, *absent;
-  float act;
-  float *grad_keys, *grad_values, *grad_act;
 };
 
 // The loops, for TILES · 16 prompts at most and ROWS rows together, or fewer one by one.
@@ -334,6 +312,31 @@ struct Packed {
   }
 };
 
+// The same for the tiles of AMX; none unless these are for a call.
+struct PackedTiles {
+  int64_t each = 0;
+  std::unique_ptr<Bfloat16[]> data;
+
+  PackedTiles(const Sizes& sizes, DType dtype, int vector_bits) {
+    if (dtype != DType::bf16 || sizes.prompts == 1 || vector_bits < TILE_BITS || !has_amx()) return;
+    each = packed_tiles(sizes.dim);
+    data = std::make_unique_for_overwrite<Bfloat16[]>(sizes.prompt_heads() * each + 32);
+  }
+  explicit operator bool() const { return data != nullptr; }
+  Bfloat16* head(int64_t i) const {
+    return data.get() + (64 - reinterpret_cast<uintptr_t>(data.get()) % 64) % 64 / sizeof(Bfloat16) + i * each;
+  }
+  void fill(const Sizes& sizes, const TensorView& key, const TensorView& value, int64_t i) const {
+    const auto rows = [&](const TensorView& x) -> PromptRows {
+      const int64_t extra = sizes.shared ? 0 : 1;
+      const int64_t sample = extra ? i / sizes.key_heads * x.stride(0) : 0;
+      return {x.as<Bfloat16>() + sample + i % sizes.key_heads * x.stride(extra),
+              x.stride(extra + 1), x.stride(extra + 2)};
+    };
+    pack_tiles(rows(key), rows(value), sizes.prompts, sizes.dim, head(i));
+  }
+};
+
 float act_of(const TensorView& act, int64_t head) { return act.as<float>()[head * act.stride(0)]; }
 
 void expect_act(const Sizes& sizes, const TensorView& act) {
@@ -355,8 +358,11 @@ void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView 
   sizes.expect_prompts("prompt_value", prompt_value, query.dtype, false);
   expect_act(sizes, act);
   Packed keys_by_dim, values;
-  keys_by_dim.allocate(sizes, true);
-  values.allocate(sizes, false);
+  const PackedTiles tiles(sizes, query.dtype, vector_bits);
+  if (!tiles) {
+    keys_by_dim.allocate(sizes, true);
+    values.allocate(sizes, false);
+  }
   const int64_t blocks = (sizes.length + FORWARD_ROWS - 1) / FORWARD_ROWS;
   with_kernels(query.dtype, sizes.prompts, vector_bits, [&](auto scalar, auto loops) {
     using T = decltype(scalar);
@@ -364,6 +370,10 @@ void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView 
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < sizes.prompt_heads(); ++i) {
+        if (tiles) {
+          tiles.fill(sizes, prompt_key, prompt_value, i);
+          continue;
+        }
         keys_by_dim.fill<T>(sizes, prompt_key, i, scale, true);
         values.fill<T>(sizes, prompt_value, i, 1.0f, false);
       }
@@ -371,11 +381,17 @@ void zero_init_attention_fwd_cpu(TensorView words, TensorView query, TensorView 
       for (int64_t i = 0; i < sizes.batch * sizes.heads * blocks; ++i) {
         const int64_t sample = i / blocks / sizes.heads, head = i / blocks % sizes.heads;
         const int64_t row = i % blocks * FORWARD_ROWS, prompt_head = sizes.prompt_head(sample, head);
-        loops.forward({head_of<T>(query, sample, head, row), head_of<T>(words, sample, head, row),
-                       head_of<T>(out, sample, head, row), query.stride(2), words.stride(2), out.stride(2),
-                       std::min(FORWARD_ROWS, sizes.length - row), sizes.prompts, sizes.dim,
-                       keys_by_dim.head(prompt_head), values.head(prompt_head), sizes.absent.lanes,
-                       act_of(act, head)});
+        const ForwardRows<T> rows{head_of<T>(query, sample, head, row), head_of<T>(words, sample, head, row),
+                                  head_of<T>(out, sample, head, row), query.stride(2), words.stride(2), out.stride(2),
+                                  std::min(FORWARD_ROWS, sizes.length - row), sizes.prompts, sizes.dim,
+                                  act_of(act, head), keys_by_dim.head(prompt_head), values.head(prompt_head),
+                                  sizes.absent.lanes};
+        if constexpr (std::is_same_v<T, Bfloat16>)
+          if (tiles) {
+            forward_tiles(rows, tiles.head(prompt_head), scale);
+            continue;
+          }
+        loops.forward(rows);
       }
     }
   });
@@ -397,9 +413,12 @@ void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView p
   if (grad_value) sizes.expect_prompts("grad_value", *grad_value, query.dtype, true);
   if (grad_act) grad_act->expect("grad_act", DType::f32, {sizes.heads});
   Packed keys_by_dim, values_by_dim, keys;
-  keys_by_dim.allocate(sizes, true);
-  values_by_dim.allocate(sizes, true);
-  keys.allocate(sizes, false);
+  const PackedTiles tiles(sizes, query.dtype, vector_bits);
+  if (!tiles) {
+    keys_by_dim.allocate(sizes, true);
+    values_by_dim.allocate(sizes, true);
+    keys.allocate(sizes, false);
+  }
 
   // For each block of rows: the sums for the keys, for the values, for act.
   const int64_t blocks = (sizes.length + BACKWARD_ROWS - 1) / BACKWARD_ROWS, items = sizes.batch * sizes.heads * blocks;
@@ -430,6 +449,10 @@ void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView p
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < sizes.prompt_heads(); ++i) {
+        if (tiles) {
+          tiles.fill(sizes, prompt_key, prompt_value, i);
+          continue;
+        }
         keys_by_dim.fill<T>(sizes, prompt_key, i, scale, true);
         values_by_dim.fill<T>(sizes, prompt_value, i, 1.0f, true);
         keys.fill<T>(sizes, prompt_key, i, scale, false);
@@ -440,13 +463,19 @@ void zero_init_attention_bwd_cpu(TensorView grad, TensorView query, TensorView p
         const int64_t row = i % blocks * BACKWARD_ROWS, prompt_head = sizes.prompt_head(sample, head);
         float* sums = parts.get() + i * part;
         std::fill_n(sums, part, 0.0f);
-        loops.backward({head_of<T>(query, sample, head, row), head_of<T>(grad, sample, head, row),
-                        grad_query ? head_of<T>(*grad_query, sample, head, row) : nullptr, query.stride(2),
-                        grad.stride(2), grad_query ? grad_query->stride(2) : 0,
-                        std::min(BACKWARD_ROWS, sizes.length - row), sizes.prompts, sizes.dim,
-                        keys_by_dim.head(prompt_head), values_by_dim.head(prompt_head), keys.head(prompt_head),
-                        sizes.absent.lanes, act_of(act, head), grad_key ? sums : nullptr,
-                        grad_value ? sums + each : nullptr, grad_act ? sums + 2 * each : nullptr});
+        const BackwardRows<T> rows{
+            head_of<T>(query, sample, head, row), head_of<T>(grad, sample, head, row),
+            grad_query ? head_of<T>(*grad_query, sample, head, row) : nullptr, query.stride(2), grad.stride(2),
+            grad_query ? grad_query->stride(2) : 0, std::min(BACKWARD_ROWS, sizes.length - row), sizes.prompts,
+            sizes.dim, act_of(act, head), grad_key ? sums : nullptr, grad_value ? sums + each : nullptr,
+            grad_act ? sums + 2 * each : nullptr, keys_by_dim.head(prompt_head), values_by_dim.head(prompt_head),
+            keys.head(prompt_head), sizes.absent.lanes};
+        if constexpr (std::is_same_v<T, Bfloat16>)
+          if (tiles) {
+            backward_tiles(rows, tiles.head(prompt_head), scale);
+            continue;
+          }
+        loops.backward(rows);
       }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < sizes.prompt_heads(); ++i) {

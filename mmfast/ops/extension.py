@@ -75,6 +75,16 @@ def packed_alike() -> Callable[..., int]:
     return (lambda *tensors: 0) if found is None else found.packed_alike
 
 
+def has_amx() -> bool:
+    """Whether the C++ kernels multiply bfloat16 in AMX tiles here."""
+    found, _ = _load()
+    return found is not None and found.has_amx()
+
+
+# The marker that torch.compiler.assume_constant_result sets; calling that would import all of Dynamo.
+has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def view(tensor: torch.Tensor) -> View:
     """What C++ takes for a tensor: (address, dtype code, shape, strides in elements)."""
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()

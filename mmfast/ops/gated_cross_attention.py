@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, extension, products
+from mmfast.ops import backends, extension
 from mmfast.ops.backends import Backend, Machine, Op
-from mmfast.ops.resampler_attention import DTYPES, heads_inside, kernels_cannot
+from mmfast.ops.resampler_attention import DTYPES, heads_inside, kernels_cannot, only_reference_has_matrix
 
 
 def text_times(media_locations: Tensor, past: Tensor | None = None) -> Tensor:
@@ -192,7 +192,7 @@ def _cpu_avoids(call: Call, machine: Machine) -> str | None:
     work, dense = (batch * heads * dim * n for n in (-(-length // 32) * 32 * seen, length * keys))
     if work >= FEW_TOKENS_WORK and 2 * dense < work:
         return f"L is {length}; the kernel would fill it up to {work} products, and the reference makes {dense}"
-    matrix = not call.differentiated and products.multiplies_16_bit(call.query.dtype, "cpu")
+    matrix = only_reference_has_matrix(call.query.dtype, call.differentiated, "cpu")
     if matrix and work >= MATRIX_WORK and 2 * dense < 3 * work:
         return f"the kernel makes {work} products; of {dense} all in all the reference's matrix instructions are faster"
     return None
@@ -225,7 +225,7 @@ def _bwd_fake(
 
 
 # What the CPU's kernels may use of a vector's bits; a test lowers it.
-VECTOR_BITS = 512
+VECTOR_BITS = 8192
 
 
 def _fwd_cpu(query: Tensor, key: Tensor, value: Tensor, text_time: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:

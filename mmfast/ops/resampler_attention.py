@@ -184,12 +184,20 @@ def _work(query: Tensor, media_key: Tensor, latent_key: Tensor | None) -> int:
     return query.numel() * (media_key.size(2) + (0 if latent_key is None else latent_key.size(2)))
 
 
+def only_reference_has_matrix(dtype: torch.dtype, differentiated: bool, device: str) -> bool:
+    """Whether the reference multiplies in matrix instructions of the CPU, and the kernels in vectors.
+
+    PyTorch's 16-bit attention makes little of such instructions backward; the kernels know them for bfloat16, as AMX.
+    """
+    if differentiated or (dtype == torch.bfloat16 and extension.has_amx()):
+        return False
+    return products.multiplies_16_bit(dtype, device)
+
+
 def _key(dtype: torch.dtype, differentiated: bool, device: str) -> str:
     if dtype == torch.float32:
         return "float32"
-    # PyTorch's 16-bit attention has matrix instructions where the CPU has them, but makes little of them backward.
-    matrix = not differentiated and products.multiplies_16_bit(dtype, device)
-    return "16-bit matrix forward" if matrix else "16-bit"
+    return "16-bit matrix forward" if only_reference_has_matrix(dtype, differentiated, device) else "16-bit"
 
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
@@ -225,8 +233,8 @@ def _bwd_fake(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor, *argume
     return [heads_inside(x) for x, need in zip((query, *keys), needs, strict=True) if need and x is not None]
 
 
-# What the CPU's kernels may use of a vector's bits; a test lowers it.
-VECTOR_BITS = 512
+# What the CPU's kernels may use of a vector's bits, a tile of AMX being one of 8,192; a test lowers it.
+VECTOR_BITS = 8192
 
 
 def _fwd_cpu(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -349,8 +357,8 @@ def resampler_attention(
         ValueError, TypeError: an argument is wrong.
         BackendUnavailable: the backend asked for cannot run this call.
 
-    Numerics: scores, weights and sums in fp32 on the CPU; on a GPU the weights are rounded to 16 bits before a 16-bit
-    product, as everywhere. Deterministic, on any number of threads.
+    Numerics: scores, weights and sums in fp32 on the CPU; on a GPU and in AMX tiles the weights are rounded to 16 bits
+    before a 16-bit product, as everywhere. Deterministic, on any number of threads.
     """
     arguments = query, media_key, media_value, latent_key, latent_value, media_mask, scale
     if _is_small(*arguments[:6], backend):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 from mmfast.ops import backends, crossovers, extension
 from mmfast.ops.backends import Backend, Machine, Op, Size
@@ -20,6 +21,10 @@ MOST_PROMPTS, MOST_DIM, MOST_TRITON_DIM_FP32 = 32, 256, 64
 # Elements of the query, and rows that share a set of prompts (which is packed first), from which the prompts' part is
 # faster on a CPU than in the reference.
 LEAST = crossovers.CPU.cpu("zero_init_attention")
+# Scores of a head up to which PyTorch's 16-bit attention on a CPU is slower backward than scores in memory: with 128
+# words it takes twice as long or more (Intel Xeon with AMX), with 256 less.
+FEW_SCORES = 2**14
+FLASH = SDPBackend.FLASH_ATTENTION.value
 
 
 def reference(
@@ -383,6 +388,54 @@ _BWD = backends.define(
 )
 
 
+class _FewWords(torch.autograd.Function):
+    """PyTorch's flash attention of few words, bit for bit. Backward makes all of the scores again, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        words, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
+        ctx.save_for_backward(query, key, value, words, lse)
+        ctx.settings = is_causal, scale
+        return words  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        is_causal, scale = ctx.settings
+        dtype, group = grad.dtype, tensors[0].shape[1] // tensors[1].shape[1]
+        query, key, value, words = (x.float() for x in tensors)
+        grad = grad.float()
+        if group > 1:
+            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+        weights = (query @ key.mT).mul_(scale).sub_(lse[..., None]).exp_()
+        if is_causal:
+            weights = weights.tril_()
+        slopes = (grad @ value.mT).sub_((grad * words).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        grads = [slopes @ key, slopes.mT @ query, weights.mT @ grad]
+        if group > 1:
+            grads[1:] = (x.unflatten(1, (-1, group)).sum(2) for x in grads[1:])
+        return *(x.to(dtype) for x in grads), None, None
+
+
+def _words_beside(backend: str, call: Call, scale: float) -> Tensor:
+    """The words' part, by PyTorch's attention; beside the C++ kernels, backward of few words is ours."""
+    query, key, value = call[:3]
+    if (
+        backend == "cpu"
+        and query.element_size() == 2
+        and call.attn_mask is None
+        and query.shape[2] * key.shape[2] <= FEW_SCORES
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (query, key, value))
+        and not torch.compiler.is_compiling()
+        and torch._fused_sdp_choice(query, key, value, None, 0.0, call.is_causal, scale=scale, enable_gqa=True) == FLASH
+    ):
+        return _FewWords.apply(query, key, value, call.is_causal, scale)
+    return _words(query, key, value, call.attn_mask, call.is_causal, call.scale)
+
+
 class _AddPrompts(torch.autograd.Function):
     """The prompts' part. Saves its arguments but `words`: backward makes the probabilities again."""
 
@@ -434,10 +487,11 @@ def zero_init_attention(
 ) -> Tensor:
     """Attention to the words plus gated attention to the prompts, two softmaxes: `reference` says what exactly.
 
-    The words' part is `F.scaled_dot_product_attention`, whatever implementation that picks. The prompts' part is one
-    pass that reads query and the words' part and writes their sum, in the layout of the words' part, with the prompts
-    on chip; memory grows with L, never with L · P. Saved for backward, beside what the words' part saves: query,
-    prompts and act(gate), no copies of them. One pass over query and the gradient gives the gradients that are wanted.
+    The words' part is `F.scaled_dot_product_attention`, whatever implementation that picks (of few words in 16 bits on
+    a CPU its gradients are made from scores in memory, up to FEW_SCORES a head). The prompts' part is one pass that
+    reads query and the words' part and writes their sum, in the layout of the words' part, with the prompts on chip;
+    memory grows with L, never with L · P. Saved for backward, beside what the words' part saves: query, prompts and
+    act(gate), no copies of them. One pass over query and the gradient gives the gradients that are wanted.
     Differentiable once.
 
     Args:
@@ -459,9 +513,9 @@ def zero_init_attention(
         ValueError, TypeError: an argument is wrong.
         BackendUnavailable: the backend asked for cannot run this call.
 
-    Numerics: scores, softmax and sums in fp32 (products in the dtype of `query` on a GPU), rounded once. Where
-    act(gate) is 0 the output has the bits of the words' part, and the gate still has its gradient. The gradients of
-    prompts and gate are summed in fp32 in a fixed order: deterministic, on any number of threads.
+    Numerics: scores, softmax and sums in fp32 (products in the dtype of `query` on a GPU and in AMX tiles), rounded
+    once. Where act(gate) is 0 the output has the bits of the words' part, and the gate still has its gradient. The
+    gradients of prompts and gate are summed in fp32 in a fixed order: deterministic, on any number of threads.
 
     Source: Zhang et al., "LLaMA-Adapter" (arXiv 2303.16199), section 3.2, and its code: see `reference`.
     """
@@ -473,13 +527,13 @@ def zero_init_attention(
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":
         return reference(*call)
+    factor = query.shape[3] ** -0.5 if scale is None else scale
     if call.words is None:
-        words = _words(call.query, call.key, call.value, attn_mask, is_causal, scale)
+        words = _words_beside(chosen, call, factor)
     else:
         words = call.words if call.words.stride(3) == 1 else call.words.contiguous()
     act = _activated(gate, query, gate_activation)
     prompts = call.query, call.prompt_key, call.prompt_value, act
-    factor = query.shape[3] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (words, *prompts)):
         return _AddPrompts.apply(words, *prompts, factor, chosen)
     return _FWD(words, *prompts, factor, chosen)

@@ -22,7 +22,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-from mmfast.ops import BackendUnavailable, explain, extension, gated_cross_attention, text_times, use_backend
+from mmfast.ops import BackendUnavailable, explain, extension, gated_cross_attention, products, text_times, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.gated_cross_attention import OP, check, reference
 
@@ -231,7 +231,7 @@ def test_close_to_float64(backend: str, dtype: torch.dtype, shape: tuple[int, ..
     assert_close(backend, inputs(shape, dtype), some_times(batch, length, media), media_length, only_latest=only_latest)
 
 
-@pytest.mark.parametrize("bits", [128, 256])
+@pytest.mark.parametrize("bits", [128, 256, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_narrower_vectors(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_module, "VECTOR_BITS", bits)
@@ -434,7 +434,9 @@ def call(
 
 @pytest.fixture
 def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_module.products, "_has_products", lambda dtype: True)
+    """The CPU has some, which the kernels do not know."""
+    monkeypatch.setattr(products, "_has_products", lambda dtype: True)
+    monkeypatch.setattr(extension, "has_amx", lambda: False)
 
 
 @pytest.mark.usefixtures("matrix_instructions")
@@ -452,6 +454,15 @@ def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_reference_runs_where_the_kernel_saves_nothing(asked: Any, chosen: str) -> None:
     assert OP.select(asked, Machine("cpu")) == chosen
+
+
+@pytest.mark.usefixtures("matrix_instructions")
+def test_kernels_in_tiles_do_not_yield_to_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "has_amx", lambda: True)
+    asked = call(length=320, media_length=128)
+    assert OP.select(asked, Machine("cpu")) == "cpu"
+    half = call(length=320, media_length=128, dtype=torch.float16)
+    assert OP.select(half, Machine("cpu")) == "reference"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from op_cases import BACKENDS, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near, dtypes_of
 from torch import Tensor
 
-from mmfast.ops import BackendUnavailable, explain, extension, resampler_attention, use_backend
+from mmfast.ops import BackendUnavailable, explain, extension, products, resampler_attention, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.resampler_attention import OP, check, reference
 
@@ -126,7 +126,7 @@ def test_close_to_float64(backend: str, dtype: torch.dtype, shape: tuple[Any, ..
     assert_close(backend, inputs(shape, dtype), some_mask(shape[0], shape[3]) if masked else None)
 
 
-@pytest.mark.parametrize("bits", [128, 256])
+@pytest.mark.parametrize("bits", [128, 256, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_narrower_vectors(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_module, "VECTOR_BITS", bits)
@@ -374,6 +374,16 @@ def strided() -> Any:
 )
 def test_selection(asked: Any, on: Machine, request_: str | None, chosen: str) -> None:
     assert OP.select(asked, on, request_) == chosen
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_reference_keeps_what_its_matrix_instructions_win(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "has_amx", lambda: amx)
+    monkeypatch.setattr(products, "multiplies_16_bit", lambda dtype, backend: True)
+    for dtype, chosen in ((torch.bfloat16, "cpu" if amx else "reference"), (torch.float16, "reference")):
+        assert OP.select(call(dtype=dtype), Machine("cpu"), None) == chosen
+    monkeypatch.setattr(products, "multiplies_16_bit", lambda dtype, backend: False)
+    assert OP.select(call(), Machine("cpu"), None) == "cpu"
 
 
 @pytest.mark.parametrize(

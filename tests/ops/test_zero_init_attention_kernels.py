@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BACKENDS, DTYPES, KERNELS, TOLERANCE
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from zero_init_cases import NAMES, PROMPTS, assert_close, double, run, some
 
@@ -49,6 +51,38 @@ def test_cpu_close_to_float64_in_several_blocks(dtype: torch.dtype) -> None:
     tensors = some(2, 2, 1100, 64, 10, words=4, key_heads=1, dtype=dtype)
     assert_close("cpu", tensors, ("query", *PROMPTS))
     assert_close("cpu", some(1, 1, 300, 256, 32, words=2, dtype=dtype), PROMPTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "is_causal": True}], ids=str)
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_few_words(dtype: torch.dtype, options: dict[str, Any], key_heads: int) -> None:
+    """Their gradients come from scores in memory, whatever their number; the output keeps the bits of SDPA."""
+    for words in (1, 5, 40):
+        tensors = some(2, 4, 40, 24, 10, words=words, key_heads=key_heads, dtype=dtype)
+        tensors["gate"].zero_()
+        found = run(zero_init_attention, tensors, NAMES[:3], backend="cpu", **options)
+        names = dict(list(tensors.items())[:3])
+        plain = run(partial(F.scaled_dot_product_attention, enable_gqa=True, **options), names, NAMES[:3])
+        exact = run(partial(F.scaled_dot_product_attention, enable_gqa=True, **options), double(names), NAMES[:3])
+        assert torch.equal(bits(found["output"]), bits(plain["output"]))
+        for name in (f"grad {name}" for name in NAMES[:3]):
+            error, of_plain = ((x[name].double() - exact[name]).norm() for x in (found, plain))
+            assert error <= 1.5 * of_plain + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "few"),
+    [(128, torch.bfloat16, True), (129, torch.bfloat16, False), (64, torch.float32, False)],
+)
+def test_more_words_stay_with_flash_attention(length: int, dtype: torch.dtype, few: bool) -> None:
+    tensors = some(1, 1, length, 8, dtype=dtype)
+    tensors["query"].requires_grad_()
+    words = zero_init_attention(*tensors.values(), backend="cpu").grad_fn.next_functions[0][0]
+    assert ("FewWords" in words.name()) == few
+    with sdpa_kernel(SDPBackend.MATH):
+        words = zero_init_attention(*tensors.values(), backend="cpu").grad_fn.next_functions[0][0]
+    assert "FewWords" not in words.name()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,13 +212,15 @@ def test_narrow_vectors_agree_with_wide_ones(dtype: torch.dtype, prompts: int) -
     expanded = [x.repeat_interleave(2, 0).expand(2, -1, -1, -1) for x in leaves[1:3]]
     part = F.scaled_dot_product_attention(leaves[0], *expanded) * leaves[3][:, None, None]
     gradients = torch.autograd.grad(part, leaves, grad.double())
-    for bits in (0, 256, 512):
+    for vector_bits in (0, 256, 512, 8192):
         out, found = torch.empty_like(words), [torch.empty_like(x) for x in (query, few[0], few[1], act)]
         found[1:3] = [x.contiguous() for x in found[1:3]]
         views = [extension.view(x) for x in (query, *few, act)]
         module, scale = extension.module(), 40**-0.5
-        module.zero_init_attention_fwd_cpu(extension.view(words), *views, scale, extension.view(out), 2, bits)
-        module.zero_init_attention_bwd_cpu(extension.view(grad), *views, scale, *map(extension.view, found), 2, bits)
+        module.zero_init_attention_fwd_cpu(extension.view(words), *views, scale, extension.view(out), 2, vector_bits)
+        module.zero_init_attention_bwd_cpu(
+            extension.view(grad), *views, scale, *map(extension.view, found), 2, vector_bits
+        )
         for ours, wanted in zip((out, *found), (words.double() + part, *gradients), strict=True):
             assert (ours.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
