@@ -53,6 +53,12 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
+// GCC's intrinsics do not say that tiles are loaded from memory: what was stored before must be there.
+MMFAST_INLINE void stored_before_tiles() { asm volatile("" : : : "memory"); }
+
+// The first `count` of 16 or 32 lanes.
+MMFAST_INLINE uint32_t first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+
 // to[j] = the j-th pairs of all of from[0 … 15]: rows of pairs of B's columns, as B's transpose has them, to a tile of B.
 MMFAST_AVX512 MMFAST_INLINE void transpose_pairs(const __m512i* from, __m512i* to) {
   __m512i twos[16], fours[16];

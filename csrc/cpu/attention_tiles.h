@@ -17,7 +17,7 @@ constexpr int64_t PACKED = TILE_ROWS * TILE_DEPTH;  // numbers in a tile of B
 template <bool ADD>
 MMFAST_AMX MMFAST_INLINE void product(const Bfloat16* a, int64_t a_stride, const Bfloat16* b, int64_t rows,
                                       int64_t columns, int64_t steps, float* c, int64_t c_stride) {
-  asm volatile("" : : : "memory");  // GCC's intrinsics do not say that they read memory
+  stored_before_tiles();
   const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
   for (int64_t j = 0; j < columns; j += 32) {
     for (int64_t i = 0; i < rows; i += 32) {
@@ -118,13 +118,10 @@ MMFAST_AMX MMFAST_INLINE __m512i rounded(Floats first, Floats second) {
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-// The first `count` of 32 bits set.
-MMFAST_INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
-
 // to [width] = row of `dim` numbers, then zeros.
 MMFAST_AMX MMFAST_INLINE void copy_row(const Bfloat16* row, int64_t dim, int64_t width, Bfloat16* to) {
   for (int64_t d = 0; d < width; d += 32)
-    _mm512_store_si512(to + d, _mm512_maskz_loadu_epi16(first_bits(dim - d), row + d));
+    _mm512_store_si512(to + d, _mm512_maskz_loadu_epi16(first_lanes(dim - d), row + d));
 }
 
 // to [dim] = factor · from [width], whose columns are folded.
@@ -132,14 +129,14 @@ MMFAST_AMX MMFAST_INLINE void store_unfolded(const float* from, int64_t dim, flo
   for (int64_t d = 0; d < dim; d += 32) {
     Floats first = avx512::load(from + d) * factor, second = avx512::load(from + d + 16) * factor;
     unfold(&first, &second);
-    _mm512_mask_storeu_epi16(to + d, first_bits(dim - d), rounded(first, second));
+    _mm512_mask_storeu_epi16(to + d, first_lanes(dim - d), rounded(first, second));
   }
 }
 MMFAST_AMX MMFAST_INLINE void store_unfolded(const float* from, int64_t dim, float factor, float* to) {
   for (int64_t d = 0; d < dim; d += 32) {
     Floats first = avx512::load(from + d) * factor, second = avx512::load(from + d + 16) * factor;
     unfold(&first, &second);
-    const uint32_t there = first_bits(dim - d);
+    const uint32_t there = first_lanes(dim - d);
     _mm512_mask_storeu_ps(to + d, static_cast<__mmask16>(there), first);
     _mm512_mask_storeu_ps(to + d + 16, static_cast<__mmask16>(there >> 16), second);
   }
@@ -149,7 +146,7 @@ MMFAST_AMX MMFAST_INLINE void store_unfolded(const float* from, int64_t dim, flo
 MMFAST_AMX MMFAST_INLINE void add_unfolded(const float* from, int64_t dim, float factor, const Bfloat16* add,
                                            Bfloat16* to) {
   for (int64_t d = 0; d < dim; d += 32) {
-    const uint32_t there = first_bits(dim - d);
+    const uint32_t there = first_lanes(dim - d);
     Floats first = avx512::load(from + d), second = avx512::load(from + d + 16);
     unfold(&first, &second);
     const __m512i bits = _mm512_maskz_loadu_epi16(there, add + d);

@@ -40,10 +40,6 @@ constexpr int64_t AHEAD = 16;
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-MMFAST_AMX MMFAST_INLINE __mmask32 first_of_32(int64_t count) {
-  return static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(count, 32)) - 1);
-}
-
 // ---- decoding: `count` elements of a row, of which up to 63 more are written.
 
 struct Nf4Rows {
@@ -64,7 +60,7 @@ struct Nf4Rows {
       // The 16 values of a block, twice, because a look-up takes five bits of an index.
       const auto values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(*scale)));
       const __m512i table = _mm512_broadcast_i64x4(values);
-      const __m256i bytes = _mm256_maskz_loadu_epi8(first_of_32(size / 2), from);
+      const __m256i bytes = _mm256_maskz_loadu_epi8(first_lanes(size / 2), from);
       _mm512_storeu_si512(out, look_up(table, _mm256_castsi256_si128(bytes)));
       _mm512_storeu_si512(out + 32, look_up(table, _mm256_extracti128_si256(bytes, 1)));
       i += size, out += size, from += size / 2;
@@ -91,7 +87,7 @@ struct Int8Rows {
     const int8_t* from = values + row * columns + column;
     const __m512 factor = _mm512_set1_ps(scale[row]);
     for (int64_t k = 0; k < count; k += 32) {
-      const __m256i bytes = _mm256_maskz_loadu_epi8(first_of_32(count - k), from + k);
+      const __m256i bytes = _mm256_maskz_loadu_epi8(first_lanes(count - k), from + k);
       const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
       const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
       const auto both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
@@ -144,7 +140,7 @@ struct Forward {
   MMFAST_AMX static void pack(Matrix<const Bfloat16> x, int64_t rows, int64_t depth, Tile* tiles, int64_t step) {
     for (int64_t k = 0; k < depth; k += TILE_DEPTH) {
       Tile* to = tiles + k / DEPTH * step + k % DEPTH / TILE_DEPTH;
-      const __mmask32 mask = first_of_32(depth - k);
+      const __mmask32 mask = first_lanes(depth - k);
       __m512i lines[16];
       for (int64_t m = 0; m < 16; ++m)
         lines[m] = m < rows ? _mm512_maskz_loadu_epi16(mask, x.row(m) + k) : _mm512_setzero_si512();
@@ -169,7 +165,7 @@ struct Forward {
   MMFAST_AMX static void store(const Sums* sums, const float* bias, bool add, Matrix<Bfloat16> out, int64_t rows,
                                int64_t columns) {
     for (int64_t n = 0; n < columns; n += 16, ++sums) {
-      const auto mask = static_cast<__mmask16>(first_of_32(columns - n));
+      const auto mask = static_cast<__mmask16>(first_lanes(columns - n));
       __m512i lines[16], turned[16];
       for (int64_t i = 0; i < 16; ++i) lines[i] = _mm512_load_si512(sums->values + 16 * i);
       transpose_pairs(lines, turned);
@@ -192,7 +188,7 @@ struct Backward {
   MMFAST_AMX static void pack(Matrix<const Bfloat16> grad, int64_t rows, int64_t depth, Tile* tiles, int64_t step) {
     for (int64_t n = 0; n < depth; n += TILE_DEPTH) {
       Tile* to = tiles + n / DEPTH * step + n % DEPTH / TILE_DEPTH;
-      const __mmask32 mask = first_of_32(depth - n);
+      const __mmask32 mask = first_lanes(depth - n);
       for (int64_t m = 0; m < 16; ++m)
         _mm512_store_si512(to->values + m * TILE_DEPTH, m < rows ? _mm512_maskz_loadu_epi16(mask, grad.row(m) + n)
                                                                  : _mm512_setzero_si512());
@@ -222,7 +218,7 @@ struct Backward {
 
   MMFAST_AMX static void store(const Sums* sums, const float*, bool add, Matrix<Bfloat16> out, int64_t rows,
                                int64_t columns) {
-    const __mmask32 mask = first_of_32(columns);
+    const __mmask32 mask = first_lanes(columns);
     for (int64_t m = 0; m < rows; ++m) {
       Bfloat16* to = out.row(m);
       __m512 even = _mm512_load_ps(sums[0].values + 16 * m), odd = _mm512_load_ps(sums[1].values + 16 * m);
@@ -258,6 +254,7 @@ thread_local Kept<Sums> kept_sums;
 // Two rows of `depth` tiles of the weight times X of x.
 template <bool WEIGHT_IS_LEFT, int X>
 MMFAST_AMX void multiply(const Tile* w, const Tile* x, int64_t depth, Sums* sums, int64_t sums_step, bool first) {
+  stored_before_tiles();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);

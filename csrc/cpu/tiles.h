@@ -37,12 +37,6 @@ struct Strided {
 
 inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
-// The first `count` of 16 or 32 lanes.
-MMFAST_INLINE uint32_t first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
-// GCC's intrinsics do not say that tiles are loaded from memory: what was stored before must be there.
-MMFAST_INLINE void stored_before_tiles() { asm volatile("" : : : "memory"); }
-
 // Tiles 0 to 3, [4, 16, 16] floats in memory.
 MMFAST_AMX MMFAST_INLINE void load_sums(const float* sums) {
   _tile_loadd(0, sums, TILE_BYTES);

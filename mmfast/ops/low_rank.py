@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops import dropout as dropouts
-from mmfast.ops import extension
+from mmfast.ops import extension, products
 from mmfast.ops.dropout import Dropout
 
 # Rows that pass through dropout at a time on the CPU, so that they are read back from cache.
@@ -64,11 +64,6 @@ class Steps(NamedTuple):
     grad_x: Callable[..., None]
 
 
-def in_tiles(dtype: torch.dtype) -> bool:
-    """Whether the extension multiplies matrices of this dtype in tiles: bfloat16 on a CPU with AMX."""
-    return dtype == torch.bfloat16 and bool(extension.module().has_amx())
-
-
 def _read(
     x: Tensor,
     factors: Tensor | None,
@@ -82,7 +77,7 @@ def _read(
     """What is made of x [M, K]: with factors [R, K], `projected` [M, R] = scaling · x factorsᵀ; with s [M, R], `outer`
     [R, K] (fp32) = scaling · sᵀ x, or += with `add`.
     """
-    if x.dtype == torch.float32 or in_tiles(x.dtype):
+    if x.dtype == torch.float32 or products.has_tiles(x.dtype, "cpu"):
         factors = None if factors is None else _packed(factors)
         tensors = map(extension.optional_view, (x, factors, s))
         results = map(extension.optional_view, (projected, outer))
@@ -281,7 +276,8 @@ def fused_is_faster(backend: str, x: Tensor, weight: list[Tensor], columns: int)
         return False
     if backend == "cpu":
         blocks = -(-x.shape[0] // TILED_BLOCK[0]) * -(-columns // TILED_BLOCK[1])
-        return in_tiles(x.dtype) and x.shape[0] >= TILED_ROWS and blocks >= TILED_BLOCKS * torch.get_num_threads()
+        enough = x.shape[0] >= TILED_ROWS and blocks >= TILED_BLOCKS * torch.get_num_threads()
+        return enough and products.has_tiles(x.dtype, "cpu")
     if not FUSED_FASTER:
         return False
     name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,13 +74,8 @@ def _has_products(dtype: torch.dtype) -> bool:
 
 
 def has_tiles(dtype: torch.dtype, backend: str) -> bool:
-    """Whether products of this dtype with a quantised weight are made in tiles, decoded as they are needed."""
-    return backend == "cpu" and dtype == torch.bfloat16 and _has_amx()
-
-
-@cache
-def _has_amx() -> bool:
-    return bool(extension.module().has_amx())
+    """Whether `backend` has kernels that multiply this dtype in tiles: bfloat16 on a CPU with AMX."""
+    return backend == "cpu" and dtype == torch.bfloat16 and extension.has_amx()
 
 
 # torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,

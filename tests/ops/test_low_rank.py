@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmfast.ops import extension, lora_linear_group, low_rank
+from mmfast.ops import extension, lora_linear_group, low_rank, products
 from mmfast.ops.backends import machine
 
 if reason := machine(torch.device("cpu")).lacks("cpu"):
@@ -20,7 +20,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 STEPS = low_rank.STEPS["cpu"]
 # Of a result in fp32, of one that is rounded to bfloat16 once, and of PyTorch's.
 TOLERANCE = {FP32: 1e-6, BF16: 2**-8, None: 1e-2}
-NO_TILES = None if extension.module().has_amx() else "this CPU does not multiply bfloat16 in tiles"
+NO_TILES = None if extension.has_amx() else "this CPU does not multiply bfloat16 in tiles"
 in_tiles = pytest.mark.skipif(NO_TILES is not None, reason=NO_TILES or "")
 # As it is on this CPU, and as on one without AMX.
 KINDS = [pytest.param(FP32, True, id="fp32"), pytest.param(BF16, True, id="bf16-tiles", marks=in_tiles)]
@@ -74,7 +74,7 @@ def check_steps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             made.append(found)
     finally:
         torch.set_num_threads(threads)
-    ours = dtype == FP32 or low_rank.in_tiles(dtype)
+    ours = dtype == FP32 or products.has_tiles(dtype, "cpu")
     for name, tensor in found.items():
         is_sum = name in ("grad_a", "grad_b")
         assert tensor.dtype == (FP32 if is_sum else dtype)
@@ -88,7 +88,7 @@ def check_steps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps(shape: tuple[int, ...], kind: torch.dtype, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not tiles:
-        monkeypatch.setattr(low_rank, "in_tiles", lambda dtype: False)
+        monkeypatch.setattr(extension, "has_amx", lambda: False)
     check_steps(shape, kind)
 
 

@@ -17,6 +17,7 @@ from mmfast.ops import (
     BackendUnavailable,
     NF4Weight,
     explain,
+    extension,
     nf4,
     nf4_dequantize,
     nf4_linear,
@@ -419,7 +420,7 @@ def test_rows_up_to_which_it_decodes_in_registers(monkeypatch: pytest.MonkeyPatc
     machines = (True, True, nf4.SMALL_ROWS_TILES), (True, False, nf4.SMALL_ROWS_NATIVE), (False, False, few)
     for native, tiles, most in machines:
         monkeypatch.setattr(nf4.products, "_has_products", lambda dtype, native=native: native)
-        monkeypatch.setattr(nf4.products, "_has_amx", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(extension, "has_amx", lambda tiles=tiles: tiles)
         x = torch.zeros(most + 1, 64, dtype=torch.bfloat16)
         assert nf4.takes_small(x[:most], q.tensors(), "cpu")
         assert not nf4.takes_small(x, q.tensors(), "cpu")

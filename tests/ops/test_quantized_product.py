@@ -33,7 +33,7 @@ formats = pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """In tiles; and as on a CPU that has none."""
     if request.param == "dequantised":
-        monkeypatch.setattr(products, "_has_amx", lambda: False)
+        monkeypatch.setattr(extension, "has_amx", lambda: False)
     return request.param
 
 
