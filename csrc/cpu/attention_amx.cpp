@@ -114,7 +114,7 @@ MMFAST_AMX void forward(const Head<Bfloat16>& head, Scratch& scratch, Rows<O> ou
 MMFAST_AMX MMFAST_INLINE void differentiate(const float* scores, const float* grad_weights, uint64_t real, int64_t rows,
                                             int64_t blind, float factor, const float* lse, const float* mean,
                                             Bfloat16* weights, Bfloat16* slopes) {
-  const uint32_t sees = ~first_bits(std::max<int64_t>(blind, 0));
+  const uint32_t sees = ~first_lanes(std::max<int64_t>(blind, 0));
   for (int64_t n = 0; n < rows; ++n) {
     Floats weight[2] = {}, slope[2] = {};
     for (int i = 0; real >> n & 1 && i < 2; ++i) {

@@ -162,7 +162,7 @@ MMFAST_AMX void backward_tiles(const BackwardRows<Bfloat16>& r, const Bfloat16* 
     product<false>(x, width, prompts.keys_t, rows, WIDTH, width, scores, WIDTH);
     product<false>(g, width, prompts.values_t, rows, WIDTH, width, grad_weights, WIDTH);
     for (int64_t q = 0; q < rows; q += 16) {
-      const auto there = static_cast<__mmask16>(first_bits(std::max<int64_t>(count - q, 0)));
+      const auto there = static_cast<__mmask16>(first_lanes(std::max<int64_t>(count - q, 0)));
       Floats weight[WIDTH], slope[WIDTH], mean = {};
       turn(scores + q * WIDTH, r.prompts, weight);
       turn(grad_weights + q * WIDTH, r.prompts, slope);
