@@ -78,14 +78,15 @@ struct Nf4Rows {
   }
 };
 
+// Whole numbers are exact in bfloat16: where a row of W is a column of the output, its scale is left to the sums.
 struct Int8Rows {
   const int8_t* values;
-  const float* scale;
+  const float* scale;  // null: left to the sums
   int64_t columns;
 
   MMFAST_AMX MMFAST_INLINE void read(int64_t row, int64_t column, int64_t count, Bfloat16* out) const {
     const int8_t* from = values + row * columns + column;
-    const __m512 factor = _mm512_set1_ps(scale[row]);
+    const __m512 factor = _mm512_set1_ps(scale ? scale[row] : 1.0f);
     for (int64_t k = 0; k < count; k += 32) {
       const __m256i bytes = _mm256_maskz_loadu_epi8(first_lanes(count - k), from + k);
       const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
@@ -162,17 +163,18 @@ struct Forward {
     }
   }
 
-  MMFAST_AMX static void store(const Sums* sums, const float* bias, bool add, Matrix<Bfloat16> out, int64_t rows,
-                               int64_t columns) {
+  MMFAST_AMX static void store(const Sums* sums, const float* scale, const float* bias, bool add, Matrix<Bfloat16> out,
+                               int64_t rows, int64_t columns) {
     for (int64_t n = 0; n < columns; n += 16, ++sums) {
       const auto mask = static_cast<__mmask16>(first_lanes(columns - n));
       __m512i lines[16], turned[16];
       for (int64_t i = 0; i < 16; ++i) lines[i] = _mm512_load_si512(sums->values + 16 * i);
       transpose_pairs(lines, turned);
+      const __m512 factor = scale ? _mm512_maskz_loadu_ps(mask, scale + n) : _mm512_set1_ps(1.0f);
       const __m512 shift = bias ? _mm512_maskz_loadu_ps(mask, bias + n) : _mm512_setzero_ps();
       for (int64_t m = 0; m < rows; ++m) {
         Bfloat16* to = out.row(m) + n;
-        __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(turned[m]), shift);
+        __m512 sum = _mm512_fmadd_ps(_mm512_castsi512_ps(turned[m]), factor, shift);
         if (add) sum = _mm512_add_ps(sum, even_halves(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, to))));
         _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(sum));
       }
@@ -216,8 +218,8 @@ struct Backward {
     }
   }
 
-  MMFAST_AMX static void store(const Sums* sums, const float*, bool add, Matrix<Bfloat16> out, int64_t rows,
-                               int64_t columns) {
+  MMFAST_AMX static void store(const Sums* sums, const float*, const float*, bool add, Matrix<Bfloat16> out,
+                               int64_t rows, int64_t columns) {
     const __mmask32 mask = first_lanes(columns);
     for (int64_t m = 0; m < rows; ++m) {
       Bfloat16* to = out.row(m);
@@ -299,13 +301,14 @@ MMFAST_AMX void multiply(const Tile* w, const Tile* x, int64_t depth, Sums* sums
   }
 }
 
-// out [rows, columns] = x [rows, depth] times the weight, or its transpose.
+// out [rows, columns] = x [rows, depth] times the weight, or its transpose: scale [columns] · sums + bias [columns], each
+// if it is there.
 template <typename Side, typename Rows>
 struct Product {
   Rows weight;
   Matrix<const Bfloat16> x;
   Matrix<Bfloat16> out;
-  const float* bias;
+  const float *scale, *bias;
   bool add;
   int64_t rows, depth, columns;
 
@@ -324,8 +327,8 @@ struct Product {
     for (int64_t i = 0; i < x_blocks; ++i)
       for (int64_t j = 0; j < w_blocks; j += 2) {
         const int64_t m = i * TILE_ROWS, n = first + j * TILE_ROWS;
-        Side::store(sums + i * w_blocks + j, bias ? bias + n : nullptr, add, out.at(row + m, n),
-                    std::min(count - m, TILE_ROWS), std::min(last - n, PAIR));
+        Side::store(sums + i * w_blocks + j, scale ? scale + n : nullptr, bias ? bias + n : nullptr, add,
+                    out.at(row + m, n), std::min(count - m, TILE_ROWS), std::min(last - n, PAIR));
       }
   }
 
@@ -368,9 +371,10 @@ struct Product {
 constexpr int64_t PER_THREAD = 1 << 21;
 
 template <typename Side, typename Rows>
-void run(const Rows& weight, const TensorView& x, const TensorView& out, const float* bias, bool add, int threads) {
+void run(const Rows& weight, const TensorView& x, const TensorView& out, const float* scale, const float* bias, bool add,
+         int threads) {
   const Product<Side, Rows> product{
-      weight, matrix<const Bfloat16>(x), matrix<Bfloat16>(out), bias, add, x.size(0), x.size(1), out.size(1)};
+      weight, matrix<const Bfloat16>(x), matrix<Bfloat16>(out), scale, bias, add, x.size(0), x.size(1), out.size(1)};
   const int64_t work = product.depth * product.columns * std::max(product.rows, TILE_ROWS);
   product.run(static_cast<int>(std::clamp<int64_t>(work / PER_THREAD, 1, threads)));
 }
@@ -389,12 +393,14 @@ void run(const std::vector<TensorView>& weight, const TensorView& x, const Tenso
   check(x.dtype == DType::bf16 && out.dtype == DType::bf16, "x is ", x, " and out ", out, "; expected bfloat16");
   check(has_amx(), "quantized_product: this CPU has no AMX");
   if (nf4) {
-    run<Side>(Nf4Rows{values.as<uint8_t>(), nf4::read_scales(weight), columns}, x, out, bias, add, threads);
+    run<Side>(Nf4Rows{values.as<uint8_t>(), nf4::read_scales(weight), columns}, x, out, nullptr, bias, add, threads);
   } else {
     check(weight.size() == 2, "int8: ", weight.size(), " tensors; expected 2");
     values.expect("values", DType::i8, {rows, columns});
     weight[1].expect("scale", DType::f32, {rows});
-    run<Side>(Int8Rows{values.as<int8_t>(), weight[1].as<float>(), columns}, x, out, bias, add, threads);
+    const float* scale = weight[1].as<float>();
+    const Int8Rows decoded{values.as<int8_t>(), forward ? nullptr : scale, columns};
+    run<Side>(decoded, x, out, forward ? scale : nullptr, bias, add, threads);
   }
 }
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmfast.ops import extension, int8_quantize, nf4_quantize, products, weights
+from mmfast.ops import Int8Weight, extension, int8_quantize, nf4_quantize, products, weights
 from mmfast.ops.backends import machine
 from mmfast.ops.weights import QuantizedWeight
 
@@ -54,6 +54,13 @@ def operands(rows: int, q: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, q.shape[1]).to(BF16), torch.randn(rows, q.shape[0]).to(BF16)
 
 
+def factors(q: QuantizedWeight, in_tiles: bool = True) -> tuple[Tensor, Tensor]:
+    """The weight by which x and grad are multiplied: rounded, but for whole numbers that are scaled at the end."""
+    rounded = weights.dense(q, BF16).double()
+    scaled_at_the_end = in_tiles and isinstance(q, Int8Weight)
+    return weights.dense(q, torch.float32).double() if scaled_at_the_end else rounded, rounded
+
+
 def assert_near(found: Tensor, exact: Tensor) -> None:
     """Within the rounding of the result, and what sums in fp32 are off."""
     assert found.shape == exact.shape
@@ -70,13 +77,13 @@ def test_any_shape_and_stride(quantize: Callable[[Tensor], QuantizedWeight], dat
     k = 2 * data.draw(st.sampled_from([1, 3, 16, 31, 32, 50, 64, 90, 160]))
     k -= quantize is int8_quantize and data.draw(st.booleans())
     q = quantize(torch.randn(n, k))
-    dense, (x, grad) = weights.dense(q, BF16).double(), operands(m, q)
+    (forward, backward), (x, grad) = factors(q), operands(m, q)
     if data.draw(st.booleans()):
         x, grad = filled(m, k).copy_(x), filled(m, n).copy_(grad)
     bias = data.draw(st.sampled_from([None, torch.randn(n).to(BF16), torch.randn(2 * n).to(BF16)[::2]]))
     out, out_grad = run(x, grad, q, bias)
-    assert_near(out, x.double() @ dense.t() + (0 if bias is None else bias.double()))
-    assert_near(out_grad, grad.double() @ dense)
+    assert_near(out, x.double() @ forward.t() + (0 if bias is None else bias.double()))
+    assert_near(out_grad, grad.double() @ backward)
 
 
 @formats
@@ -85,22 +92,22 @@ def test_several_panels_and_chunks(
     quantize: Callable[[Tensor], QuantizedWeight], rows: int, shape: tuple[int, int], way: str
 ) -> None:
     q = quantize(torch.randn(shape))
-    dense, (x, grad) = weights.dense(q, BF16).double(), operands(rows, q)
+    (forward, backward), (x, grad) = factors(q, way == "tiles"), operands(rows, q)
     out, out_grad = run(x, grad, q, torch.ones(shape[0]).to(BF16))
-    assert_near(out, x.double() @ dense.t() + 1)
-    assert_near(out_grad, grad.double() @ dense)
+    assert_near(out, x.double() @ forward.t() + 1)
+    assert_near(out_grad, grad.double() @ backward)
 
 
 @formats
 def test_added_and_rounded_once(quantize: Callable[[Tensor], QuantizedWeight], way: str) -> None:
     q = quantize(torch.randn(70, 130))
-    dense, (x, grad) = weights.dense(q, BF16).double(), operands(40, q)
+    (forward, backward), (x, grad) = factors(q, way == "tiles"), operands(40, q)
     grad_before, before = operands(40, q)
     out, out_grad = before.clone(), grad_before.clone()
     products.linear(out, x, q.tensors(), "cpu", add=True)
     products.linear_grad(out_grad, grad, q.tensors(), "cpu", add=True)
-    assert_near(out, before.double() + x.double() @ dense.t())
-    assert_near(out_grad, grad_before.double() + grad.double() @ dense)
+    assert_near(out, before.double() + x.double() @ forward.t())
+    assert_near(out_grad, grad_before.double() + grad.double() @ backward)
 
 
 @formats
