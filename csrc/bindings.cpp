@@ -134,7 +134,7 @@ PyMethodDef FAST[] = {
 
 namespace pybind11::detail {
 
-// (address, dtype code, shape, strides), made by mmfast.ops.extension.view; or a tensor on the CPU itself, once there
+// (address, dtype code, shape, strides), made by mmfast.ops.extension.described; or a tensor on the CPU itself, once there
 // was `take_tensors`.
 template <>
 struct type_caster<mmfast::TensorView> {

@@ -70,14 +70,15 @@ struct Table {
 inline PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 inline const Table* table = nullptr;
 
-// From now on kernels take tensors of these two types, if `capsule` holds a table of a known version.
-inline void take_tensors(py::type tensor, py::type parameter, py::capsule capsule) {
+// From now on kernels take tensors of these two types, if `capsule` holds a table of a known version: whether it does.
+inline bool take_tensors(py::type tensor, py::type parameter, py::capsule capsule) {
   const auto* found = static_cast<const Table*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!found) throw py::error_already_set();
-  if (found->major != MAJOR_VERSION || !found->read) return;
+  if (found->major != MAJOR_VERSION || !found->read) return false;
   table = found;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  return true;
 }
 
 // None for what is no tensor of the two types, and where the table cannot tell (a sparse one, say).

@@ -22,7 +22,10 @@ DTYPE_CODES = {
     torch.int8: 8,
 }
 
-View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Description = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+View = torch.Tensor | Description
+# The classes of tensors that C++ reads by itself, where PyTorch has the table by which it does.
+_read_by_cpp: tuple[type, ...] = ()
 
 
 @cache
@@ -32,7 +35,9 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"the compiled extension mmfast._C cannot be imported ({error})"
     if table := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None):
-        found.take_tensors(torch.Tensor, torch.nn.Parameter, table)
+        global _read_by_cpp
+        if found.take_tensors(torch.Tensor, torch.nn.Parameter, table):
+            _read_by_cpp = torch.Tensor, torch.nn.Parameter
     return found, ""
 
 
@@ -86,7 +91,12 @@ has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def view(tensor: torch.Tensor) -> View:
-    """What C++ takes for a tensor: (address, dtype code, shape, strides in elements)."""
+    """What C++ takes for a tensor: on a CPU itself, where C++ can read it; else `described`."""
+    return tensor if type(tensor) in _read_by_cpp and tensor.is_cpu else described(tensor)
+
+
+def described(tensor: torch.Tensor) -> Description:
+    """(address, dtype code, shape, strides in elements)."""
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 

@@ -85,11 +85,14 @@ def _bwd_fake(grad: Tensor, weight: list[Tensor], backend: str) -> Tensor:
 
 def _fwd(backend: str) -> Callable[[Tensor, list[Tensor], Tensor | None], Tensor]:
     def run(x: Tensor, weight: list[Tensor], bias: Tensor | None) -> Tensor:
-        form, rows = weights.FORMATS[weight[0].dtype], weights.shape(weight)[0]
-        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+        form = weights.FORMATS[weight[0].dtype]
+        rows = form.shape(weight)[0]
+        out = x.new_empty((*x.shape[:-1], rows))
         if out.numel() == 0:
             return out
-        x, target = x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, rows)
+        target = out
+        if x.dim() != 2 or not x.is_contiguous():  # asked first: a view that changes nothing costs a small call as much
+            x, target = x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, rows)
         if form.takes_small(x, weight, backend):
             form.small_linear(x, weight, target, backend, bias)
             return out

@@ -27,7 +27,7 @@ def test_a_kernel_that_works_twice_is_noticed() -> None:
     """One, whatever ran before it, always takes as many instructions, and of twice as many rows twice as many."""
 
     def call(rows: int) -> tuple[str, Any]:
-        tensors = [extension.view(torch.ones(rows, 512)) for _ in range(3)]
+        tensors = [extension.described(torch.ones(rows, 512)) for _ in range(3)]
         return "swiglu_fwd_cpu", instructions.frozen((*tensors, 1))
 
     first, again, double = instructions.measure([call(64), call(64), call(128)])

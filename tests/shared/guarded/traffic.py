@@ -186,7 +186,7 @@ class _Kernels:
         names = re.findall(r"[(,] ?(\w+): ", kernel.__doc__.splitlines()[0])
 
         def run(*args: Any) -> Any:
-            args = tuple(extension.view(value) if isinstance(value, Tensor) else value for value in args)
+            args = tuple(map(_described, args))
             given = dict(zip(names, args, strict=False))
             written, read_too = _declared(name, given)
             reads, writes = [], []
@@ -214,12 +214,19 @@ def _declared(kernel: str, given: dict[str, Any]) -> tuple[set[str], set[str]]:
     return written, read_too
 
 
+def _described(value: Any) -> Any:
+    """`mmfast.ops.extension.described` in place of tensors."""
+    if isinstance(value, list):
+        return [_described(part) for part in value]
+    return extension.described(value) if isinstance(value, Tensor) else value
+
+
 def is_view(value: Any) -> bool:
-    """Whether this is what `mmfast.ops.extension.view` makes of a tensor."""
+    """Whether this is what `mmfast.ops.extension.described` makes of a tensor."""
     return isinstance(value, tuple) and len(value) == 4 and isinstance(value[3], tuple) and isinstance(value[0], int)
 
 
-def _views(value: Any) -> list[extension.View]:
+def _views(value: Any) -> list[extension.Description]:
     if isinstance(value, list):
         return [view for part in value for view in _views(part)]
     return [value] if is_view(value) else []
@@ -228,7 +235,7 @@ def _views(value: Any) -> list[extension.View]:
 _WIDTHS = {code: dtype.itemsize for dtype, code in extension.DTYPE_CODES.items()}
 
 
-def region_of_view(view: extension.View) -> Region:
+def region_of_view(view: extension.Description) -> Region:
     address, code, shape, strides = view
     return address, tuple(shape), tuple(strides), _WIDTHS[code]
 
