@@ -157,7 +157,7 @@ def test_two_processes_with_compiled_layers_are_one(make_config: MakeConfig, tmp
     config = replace(config, stages=config.stages[1:], out=str(tmp_path / "single"))
     train(config)
     compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
-    graphs = re.findall(r"^graphs: (\d+)$", launch(compiled), re.MULTILINE)
+    graphs = re.findall(r"graphs: (\d+)", launch(compiled))  # of both processes, maybe on one line
     assert len(graphs) == 2 and all(0 < int(count) <= 4 for count in graphs)
     losses = [[line["loss"] for line in read_log(run)] for run in (config, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
