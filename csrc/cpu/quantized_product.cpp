@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "../tensor_view.h"
-#include "amx.h"
 #include "matrix.h"
 #include "nf4.h"
 #include "stream.h"
+#include "tiles.h"
 
 namespace mmfast {
 
@@ -19,9 +19,6 @@ namespace mmfast {
 
 namespace {
 
-struct alignas(64) Tile {
-  Bfloat16 values[TILE_ROWS * TILE_DEPTH];
-};
 struct alignas(64) Sums {
   float values[TILE_ROWS * TILE_ROWS];
 };
@@ -29,16 +26,12 @@ struct alignas(64) Sums {
 // A panel of the weight is at most so long in the direction of the sum, and so wide across it; narrow for few rows of x,
 // where decoding it is most of the work, that it stay in the first-level cache.
 constexpr int64_t DEPTH = 256, DEPTH_TILES = DEPTH / TILE_DEPTH, WIDTH = 512, NARROW = 64, FEW_ROWS = 32;
-// Two tiles of the weight belong together, as so many columns of the output.
-constexpr int64_t PAIR = 2 * TILE_ROWS;
 // Rows of x for which a panel is decoded once: their sums stay in the second-level cache with it.
 constexpr int64_t CHUNK = 512;
 // Rows of x that are packed at a time, after which threads wait for each other: a limit to memory.
 constexpr int64_t PACKED_ROWS = 4 * CHUNK;
 // Rows of a part of the weight from decoding one to asking memory for another: the hardware does not see them coming.
 constexpr int64_t AHEAD = 16;
-
-int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // ---- decoding: `count` elements of a row, of which up to 63 more are written.
 
@@ -141,11 +134,9 @@ struct Forward {
   MMFAST_AMX static void pack(Matrix<const Bfloat16> x, int64_t rows, int64_t depth, Tile* tiles, int64_t step) {
     for (int64_t k = 0; k < depth; k += TILE_DEPTH) {
       Tile* to = tiles + k / DEPTH * step + k % DEPTH / TILE_DEPTH;
-      const __mmask32 mask = first_lanes(depth - k);
-      __m512i lines[16];
-      for (int64_t m = 0; m < 16; ++m)
-        lines[m] = m < rows ? _mm512_maskz_loadu_epi16(mask, x.row(m) + k) : _mm512_setzero_si512();
-      transpose_pairs(lines, reinterpret_cast<__m512i*>(to));
+      Tile lines;
+      pack_a(x.data + k, x.stride, rows, depth - k, &lines);
+      transpose_pairs(lines.rows, to->rows);
     }
   }
 
@@ -159,7 +150,7 @@ struct Forward {
       line.read(weight, part.first + n, part.from, part.depth);
       Tile* tiles = panel + n / TILE_ROWS * DEPTH_TILES;
       for (int64_t k = 0; k < part.depth; k += TILE_DEPTH)
-        _mm512_store_si512(tiles[k / TILE_DEPTH].values + n % TILE_ROWS * TILE_DEPTH, line.at(k));
+        tiles[k / TILE_DEPTH].rows[n % TILE_ROWS] = line.at(k);
     }
   }
 
@@ -190,17 +181,14 @@ struct Backward {
   MMFAST_AMX static void pack(Matrix<const Bfloat16> grad, int64_t rows, int64_t depth, Tile* tiles, int64_t step) {
     for (int64_t n = 0; n < depth; n += TILE_DEPTH) {
       Tile* to = tiles + n / DEPTH * step + n % DEPTH / TILE_DEPTH;
-      const __mmask32 mask = first_lanes(depth - n);
-      for (int64_t m = 0; m < 16; ++m)
-        _mm512_store_si512(to->values + m * TILE_DEPTH, m < rows ? _mm512_maskz_loadu_epi16(mask, grad.row(m) + n)
-                                                                 : _mm512_setzero_si512());
+      pack_a(grad.data + n, grad.stride, rows, depth - n, to);
     }
   }
 
   template <typename Rows>
   MMFAST_AMX static void decode(const Rows& weight, const Part& part, Tile* panel) {
     Line<Rows> line[2];
-    const int64_t last = parts(part.depth, TILE_DEPTH) * TILE_DEPTH;
+    const int64_t last = divide_up(part.depth, TILE_DEPTH) * TILE_DEPTH;
     for (int64_t n = 0; n < last; n += 2) {
       for (int64_t i = 0; i < 2 && n + i < part.depth; ++i) {
         weight.fetch(part.from + n + i + AHEAD, part.first, part.columns);
@@ -210,10 +198,8 @@ struct Backward {
       for (int64_t k = 0; k < part.columns; k += PAIR, tiles += 2 * DEPTH_TILES) {
         const __m512i a = n < part.depth ? line[0].at(k) : _mm512_setzero_si512();
         const __m512i b = n + 1 < part.depth ? line[1].at(k) : _mm512_setzero_si512();
-        __m512i even, odd;
-        to_pairs(a, b, &even, &odd);
-        _mm512_store_si512(tiles[0].values + n % TILE_DEPTH * TILE_PAIRS, even);
-        _mm512_store_si512(tiles[DEPTH_TILES].values + n % TILE_DEPTH * TILE_PAIRS, odd);
+        const int64_t row = n % TILE_DEPTH / 2;
+        to_pairs(a, b, &tiles[0].rows[row], &tiles[DEPTH_TILES].rows[row]);
       }
     }
   }
@@ -315,13 +301,13 @@ struct Product {
   // Columns `first` to `last` of the output, a panel's width, of `count` rows from `row`, which are packed.
   MMFAST_AMX void multiply_columns(int64_t row, int64_t count, int64_t first, int64_t last, const Tile* packed) const {
     const Tiles tiles;
-    const int64_t x_blocks = parts(count, TILE_ROWS), w_blocks = 2 * parts(last - first, PAIR);
+    const int64_t x_blocks = divide_up(count, TILE_ROWS), w_blocks = 2 * divide_up(last - first, PAIR);
     Tile* const panel = kept_panel.get(w_blocks * DEPTH_TILES);
     Sums* const sums = kept_sums.get(w_blocks * x_blocks);
     for (int64_t from = 0; from < depth; from += DEPTH) {
       const int64_t length = std::min(DEPTH, depth - from);
       Side::decode(weight, {first, last - first, from, length}, panel);
-      add_panel(panel, w_blocks, packed + from / TILE_DEPTH * x_blocks, x_blocks, parts(length, TILE_DEPTH), sums,
+      add_panel(panel, w_blocks, packed + from / TILE_DEPTH * x_blocks, x_blocks, divide_up(length, TILE_DEPTH), sums,
                 from == 0);
     }
     for (int64_t i = 0; i < x_blocks; ++i)
@@ -342,17 +328,17 @@ struct Product {
   }
 
   void run(int threads) const {
-    const int64_t tiles = parts(depth, DEPTH) * DEPTH_TILES;
-    Tile* const packed = kept_rows.get(parts(std::min(rows, PACKED_ROWS), TILE_ROWS) * tiles);
+    const int64_t tiles = divide_up(depth, DEPTH) * DEPTH_TILES;
+    Tile* const packed = kept_rows.get(divide_up(std::min(rows, PACKED_ROWS), TILE_ROWS) * tiles);
     for (int64_t row = 0; row < rows; row += PACKED_ROWS) {
       const int64_t end = std::min(rows, row + PACKED_ROWS);
       const int64_t most = Side::WEIGHT_IS_LEFT && end - row <= FEW_ROWS ? NARROW : WIDTH;
-      const int64_t width = std::min(most, parts(columns, 2 * threads * PAIR) * PAIR);
+      const int64_t width = std::min(most, divide_up(columns, 2 * threads * PAIR) * PAIR);
 #pragma omp parallel num_threads(threads)
       {
 #pragma omp for schedule(static)
         for (int64_t m = row; m < end; m += TILE_ROWS) {
-          const int64_t chunk = m - (m - row) % CHUNK, blocks = parts(std::min(CHUNK, end - chunk), TILE_ROWS);
+          const int64_t chunk = m - (m - row) % CHUNK, blocks = divide_up(std::min(CHUNK, end - chunk), TILE_ROWS);
           Tile* to = packed + (chunk - row) / TILE_ROWS * tiles + (m - chunk) / TILE_ROWS * DEPTH_TILES;
           Side::pack(x.at(m, 0), std::min(end - m, TILE_ROWS), depth, to, blocks * DEPTH_TILES);
         }

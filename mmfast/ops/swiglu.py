@@ -90,8 +90,6 @@ def _bwd_fake(
 
 
 def _fwd_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    if extension.packed_alike()(gate, up):
-        return _fwd_packed(gate, up)
     out = torch.empty(gate.shape, dtype=gate.dtype)
     matrices = [products.as_matrix(x) for x in (gate, up, out)]  # a copy among them must outlive the call
     extension.module().swiglu_fwd_cpu(*map(extension.view, matrices), torch.get_num_threads())
@@ -106,11 +104,6 @@ def _fwd_packed(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _bwd_cpu(grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool) -> list[Tensor]:
-    if extension.packed_alike()(grad, gate, up if need_gate else gate):
-        grad_gate, grad_up = (torch.empty_like(gate) if needed else None for needed in (need_gate, need_up))
-        up = up if need_gate else None
-        extension.module().swiglu_bwd_cpu(grad, gate, up, grad_gate, grad_up, torch.get_num_threads())
-        return [x for x in (grad_gate, grad_up) if x is not None]
     grads, matrices = _gradients(grad, gate, up, need_gate, need_up)
     extension.module().swiglu_bwd_cpu(*map(extension.optional_view, matrices), torch.get_num_threads())
     return grads
