@@ -119,15 +119,12 @@ void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads,
   });
 }
 
-// grad_gate = grad · up · silu'(gate), grad_up = grad · silu(gate): each if it is given, the first with up. All [M, F], or
-// packed [..., F], of one dtype.
+// grad_gate = grad · up · silu'(gate), grad_up = grad · silu(gate): each if it is given, the first with up. All [M, F] of
+// one dtype.
 void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> up, std::optional<TensorView> grad_gate,
                     std::optional<TensorView> grad_up, int threads, int vector_bits) {
   check(up.has_value() == grad_gate.has_value(), OP, ": grad_gate and up come together");
   check(grad_gate || grad_up, OP, ": no gradient is asked for");
-  for (TensorView* view : {&grad, &gate}) to_matrix(*view);
-  for (auto* view : {&up, &grad_gate, &grad_up})
-    if (*view) to_matrix(**view);
   Extent extent(gate);
   extent.add("gate", gate, gate.dtype);
   extent.add("grad", grad, gate.dtype);
