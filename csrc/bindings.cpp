@@ -54,9 +54,9 @@ void nf4_dequantize_cpu(std::vector<TensorView> weight, int64_t first, int64_t l
 void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, TensorView out,
                     int threads);
 
-void quantized_linear_amx(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, bool add,
+void quantized_linear(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, bool add,
                           TensorView out, int threads);
-void quantized_grad_amx(TensorView grad, std::vector<TensorView> weight, bool add, TensorView out, int threads);
+void quantized_grad(TensorView grad, std::vector<TensorView> weight, bool add, TensorView out, int threads);
 
 void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView> residual, float eps, TensorView y,
                       std::optional<TensorView> sum, std::optional<TensorView> rstd, int threads, int vector_bits);
@@ -177,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of mmfast; called through mmfast.ops only.";
   m.attr("compiler") = __VERSION__;
   m.def("has_amx", &mmfast::has_amx);
+  m.def("has_avx512", &mmfast::has_avx512);
 #ifdef MMFAST_WITH_CUDA
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = MMFAST_CUDA_ARCHITECTURES;
@@ -236,9 +237,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("nf4_linear_cpu", &mmfast::nf4_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
-  m.def("quantized_linear_amx", &mmfast::quantized_linear_amx, py::arg("x"), py::arg("weight"), py::arg("bias"),
+  m.def("quantized_linear", &mmfast::quantized_linear, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("add"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-  m.def("quantized_grad_amx", &mmfast::quantized_grad_amx, py::arg("grad"), py::arg("weight"), py::arg("add"),
+  m.def("quantized_grad", &mmfast::quantized_grad, py::arg("grad"), py::arg("weight"), py::arg("add"),
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("rms_norm_fwd_cpu", &mmfast::rms_norm_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("residual"),

@@ -92,4 +92,10 @@ MMFAST_AVX512 MMFAST_INLINE Floats round_to_float16(Floats x) {
 #define MMFAST_FILE "lanes.inc"
 #include "each_width.inc"
 
+#else
+
+namespace mmfast {
+inline bool has_avx512() { return false; }
+}  // namespace mmfast
+
 #endif

@@ -1,16 +1,16 @@
-// Products of bfloat16 rows with a quantised weight in tiles (Intel AMX): x Wᵀ and grad W. The weight is read from
-// memory as it lies and decoded, a panel at a time, into tiles that stay in cache. Compiled with -ffp-contract=off, see
-// nf4.h.
+// Products with a quantised weight: x Wᵀ and grad W, of bfloat16 in tiles (Intel AMX), of fp32 by quantized_product.h. The
+// weight is read from memory as it lies and decoded, a panel at a time, into tiles that stay in cache. Compiled with
+// -ffp-contract=off, see nf4.h.
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../tensor_view.h"
+#include "kept.h"
 #include "matrix.h"
-#include "nf4.h"
-#include "stream.h"
+#include "quantized_product.h"
+#include "quantized_rows.h"
 #include "tiles.h"
 
 namespace mmfast {
@@ -30,69 +30,7 @@ constexpr int64_t DEPTH = 256, DEPTH_TILES = DEPTH / TILE_DEPTH, WIDTH = 512, NA
 constexpr int64_t CHUNK = 512;
 // Rows of x that are packed at a time, after which threads wait for each other: a limit to memory.
 constexpr int64_t PACKED_ROWS = 4 * CHUNK;
-// Rows of a part of the weight from decoding one to asking memory for another: the hardware does not see them coming.
-constexpr int64_t AHEAD = 16;
-
-// ---- decoding: `count` elements of a row, of which up to 63 more are written.
-
-struct Nf4Rows {
-  static constexpr uint64_t BLOCK = nf4::BLOCK;
-  const uint8_t* packed;
-  nf4::Scales scales;
-  int64_t columns;
-
-  MMFAST_AMX MMFAST_INLINE void read(int64_t row, int64_t column, int64_t count, Bfloat16* out) const {
-    const auto at = static_cast<uint64_t>(row * columns + column), end = at + count;
-    float block_scales[WIDTH / nf4::BLOCK + 2];
-    scales.read(at / BLOCK, (end - 1) / BLOCK - at / BLOCK + 1, block_scales);
-    const __m512 levels = _mm512_load_ps(nf4::LEVELS);
-    const uint8_t* from = packed + at / 2;
-    const float* scale = block_scales;
-    for (uint64_t i = at; i < end; ++scale) {
-      const uint64_t size = std::min(end, (i / BLOCK + 1) * BLOCK) - i;
-      // The 16 values of a block, twice, because a look-up takes five bits of an index.
-      const auto values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(*scale)));
-      const __m512i table = _mm512_broadcast_i64x4(values);
-      const __m256i bytes = _mm256_maskz_loadu_epi8(first_lanes(size / 2), from);
-      _mm512_storeu_si512(out, look_up(table, _mm256_castsi256_si128(bytes)));
-      _mm512_storeu_si512(out + 32, look_up(table, _mm256_extracti128_si256(bytes, 1)));
-      i += size, out += size, from += size / 2;
-    }
-  }
-
-  MMFAST_INLINE void fetch(int64_t row, int64_t column, int64_t count) const {
-    prefetch(packed + (row * columns + column) / 2, count / 2);
-  }
-
- private:
-  MMFAST_AMX MMFAST_INLINE static __m512i look_up(__m512i table, __m128i bytes) {
-    const __m512i wide = _mm512_cvtepu8_epi32(bytes);  // the upper half of a byte is the code of an even element
-    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), table);
-  }
-};
-
-// Whole numbers are exact in bfloat16: where a row of W is a column of the output, its scale is left to the sums.
-struct Int8Rows {
-  const int8_t* values;
-  const float* scale;  // null: left to the sums
-  int64_t columns;
-
-  MMFAST_AMX MMFAST_INLINE void read(int64_t row, int64_t column, int64_t count, Bfloat16* out) const {
-    const int8_t* from = values + row * columns + column;
-    const __m512 factor = _mm512_set1_ps(scale ? scale[row] : 1.0f);
-    for (int64_t k = 0; k < count; k += 32) {
-      const __m256i bytes = _mm256_maskz_loadu_epi8(first_lanes(count - k), from + k);
-      const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-      const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-      const auto both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
-      _mm512_storeu_si512(out + k, (__m512i)both);
-    }
-  }
-
-  MMFAST_INLINE void fetch(int64_t row, int64_t column, int64_t count) const {
-    prefetch(values + row * columns + column, count);
-  }
-};
+static_assert(DEPTH <= LONGEST && WIDTH <= LONGEST);
 
 // Part of a row of W in registers of 32, zeros behind its end.
 template <typename Rows>
@@ -221,20 +159,6 @@ struct Backward {
 };
 
 // ---- the product
-
-// Memory that a thread keeps: to get some megabytes from the system anew costs as much as a small product.
-template <typename T>
-class Kept {
- public:
-  T* get(int64_t count) {
-    if (count > size_) memory_ = std::make_unique_for_overwrite<T[]>(size_ = count);
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> memory_;
-  int64_t size_ = 0;
-};
 
 thread_local Kept<Tile> kept_rows, kept_panel;
 thread_local Kept<Sums> kept_sums;
@@ -373,45 +297,50 @@ void run(const std::vector<TensorView>& weight, const TensorView& x, const Tenso
   check(values.dim() == 2 && values.numel() > 0 && (nf4 || values.dtype == DType::i8), "the weight is ", values,
         "; expected uint8 [N, K // 2] or int8 [N, K]");
   const int64_t rows = values.size(0), columns = nf4 ? 2 * values.size(1) : values.size(1);
-  const bool forward = Side::WEIGHT_IS_LEFT;
+  const bool forward = Side::WEIGHT_IS_LEFT, in_tiles = x.dtype == DType::bf16;
   check_matrix("quantized_product", "x", x, x.size(0), forward ? columns : rows);
   check_matrix("quantized_product", "out", out, x.size(0), forward ? rows : columns);
-  check(x.dtype == DType::bf16 && out.dtype == DType::bf16, "x is ", x, " and out ", out, "; expected bfloat16");
-  check(has_amx(), "quantized_product: this CPU has no AMX");
-  if (nf4) {
-    run<Side>(Nf4Rows{values.as<uint8_t>(), nf4::read_scales(weight), columns}, x, out, nullptr, bias, add, threads);
-  } else {
-    check(weight.size() == 2, "int8: ", weight.size(), " tensors; expected 2");
-    values.expect("values", DType::i8, {rows, columns});
-    weight[1].expect("scale", DType::f32, {rows});
-    const float* scale = weight[1].as<float>();
-    const Int8Rows decoded{values.as<int8_t>(), forward ? nullptr : scale, columns};
-    run<Side>(decoded, x, out, forward ? scale : nullptr, bias, add, threads);
-  }
+  check((in_tiles || x.dtype == DType::f32) && out.dtype == x.dtype, "x is ", x, " and out ", out,
+        "; expected both bfloat16 or float32");
+  check(in_tiles ? has_amx() : has_avx512(), "quantized_product: this CPU has no ", in_tiles ? "AMX" : "AVX-512");
+  const auto multiply = [&](const auto& decoded, const float* scale) {
+    if (in_tiles)
+      run<Side>(decoded, x, out, scale, bias, add, threads);
+    else
+      multiply_f32(decoded, forward, x, out, bias, add, threads);
+  };
+  if (nf4) return multiply(Nf4Rows{values.as<uint8_t>(), nf4::read_scales(weight), columns}, nullptr);
+  check(weight.size() == 2, "int8: ", weight.size(), " tensors; expected 2");
+  values.expect("values", DType::i8, {rows, columns});
+  weight[1].expect("scale", DType::f32, {rows});
+  const float* scale = weight[1].as<float>();
+  const bool scales_sums = in_tiles && forward;
+  multiply(Int8Rows{values.as<int8_t>(), scales_sums ? nullptr : scale, columns}, scales_sums ? scale : nullptr);
 }
 
 }  // namespace
 
-// out [M, N] = or += x [M, K] Wᵀ + bias [N] (f32); x and out bf16, with packed rows. Sums in f32, rounded once.
-void quantized_linear_amx(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, bool add,
-                          TensorView out, int threads) {
+// out [M, N] = x [M, K] Wᵀ + bias [N] (f32), or += without a bias; x and out bf16 or f32, with packed rows. Sums in f32.
+void quantized_linear(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, bool add,
+                      TensorView out, int threads) {
+  check(!bias || !add, "quantized_product: a bias is not added to what is there");
   if (bias) bias->expect("bias", DType::f32, {weight[0].size(0)});
   run<Forward>(weight, x, out, bias ? bias->as<float>() : nullptr, add, threads);
 }
 
 // out [M, K] = or += grad [M, N] W, likewise.
-void quantized_grad_amx(TensorView grad, std::vector<TensorView> weight, bool add, TensorView out, int threads) {
+void quantized_grad(TensorView grad, std::vector<TensorView> weight, bool add, TensorView out, int threads) {
   run<Backward>(weight, grad, out, nullptr, add, threads);
 }
 
 #else
 
-void quantized_linear_amx(TensorView, std::vector<TensorView>, std::optional<TensorView>, bool, TensorView, int) {
-  check(false, "quantized_product: this CPU has no AMX");
+void quantized_linear(TensorView, std::vector<TensorView>, std::optional<TensorView>, bool, TensorView, int) {
+  check(false, "quantized_product: this CPU has no AVX-512");
 }
 
-void quantized_grad_amx(TensorView, std::vector<TensorView>, bool, TensorView, int) {
-  check(false, "quantized_product: this CPU has no AMX");
+void quantized_grad(TensorView, std::vector<TensorView>, bool, TensorView, int) {
+  check(false, "quantized_product: this CPU has no AVX-512");
 }
 
 #endif

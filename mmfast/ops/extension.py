@@ -86,8 +86,15 @@ def has_amx() -> bool:
     return found is not None and found.has_amx()
 
 
+def has_avx512() -> bool:
+    """Whether the C++ kernels may use AVX-512 here."""
+    found, _ = _load()
+    return found is not None and found.has_avx512()
+
+
 # The marker that torch.compiler.assume_constant_result sets; calling that would import all of Dynamo.
 has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_avx512._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def view(tensor: torch.Tensor) -> View:

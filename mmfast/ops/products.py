@@ -78,6 +78,11 @@ def has_tiles(dtype: torch.dtype, backend: str) -> bool:
     return backend == "cpu" and dtype == torch.bfloat16 and extension.has_amx()
 
 
+def decodes(dtype: torch.dtype, backend: str) -> bool:
+    """Whether `backend` has kernels that multiply this dtype with a quantised weight as they decode it."""
+    return has_tiles(dtype, backend) or (backend == "cpu" and dtype == torch.float32 and extension.has_avx512())
+
+
 # torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,
 # which itself would import all of Dynamo. (Of a cached function Dynamo warns.)
 _has_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -105,10 +110,10 @@ def linear(
         if add:
             out += target
         return
-    if quantised and has_tiles(out.dtype, backend):
+    if quantised and decodes(out.dtype, backend):
         bias = None if bias is None else bias.float().contiguous()
         views = [extension.view(part) for part in weight]
-        extension.module().quantized_linear_amx(
+        extension.module().quantized_linear(
             extension.view(x), views, extension.optional_view(bias), add, extension.view(out), torch.get_num_threads()
         )
         return
@@ -130,9 +135,9 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
         return
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
-    if weight[0].dtype in weights.FORMATS and has_tiles(out.dtype, backend):
+    if weight[0].dtype in weights.FORMATS and decodes(out.dtype, backend):
         views = [extension.view(part) for part in weight]
-        extension.module().quantized_grad_amx(
+        extension.module().quantized_grad(
             extension.view(grad), views, add, extension.view(out), torch.get_num_threads()
         )
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from guarded.cases import Case
 from guarded.traffic import OnCall, Traffic, inside
+from mmfast.ops import extension
 from mmfast.ops.backends import OPS
 
 
@@ -28,7 +30,7 @@ class Counted(NamedTuple):
 
 
 def count(case: Case, backend: str, *, deep: bool = True, on_call: OnCall | None = None) -> Counted:
-    """Runs a case.
+    """Runs a case, as on a CPU without AVX-512 or AMX, that figures are the same on every machine.
 
     Args:
         deep: look inside our ops; otherwise each of them counts as one op that reads its inputs and writes its outputs.
@@ -37,7 +39,8 @@ def count(case: Case, backend: str, *, deep: bool = True, on_call: OnCall | None
     for name, tensor in case.inputs.items():
         tensor.requires_grad_(name in case.trained)
     kept: list[Tensor] = []
-    with _one_thread(), torch.autograd.graph.saved_tensors_hooks(_noting(kept), lambda tensor: tensor):
+    plain = patch.multiple(extension, has_avx512=lambda: False, has_amx=lambda: False)
+    with plain, _one_thread(), torch.autograd.graph.saved_tensors_hooks(_noting(kept), lambda tensor: tensor):
         torch.manual_seed(0)
         with _counting(deep, on_call) as forward:
             outputs = [x for x in tree_leaves(case.call(backend)) if isinstance(x, Tensor)]
