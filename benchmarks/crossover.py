@@ -107,14 +107,13 @@ class Subject:
     def backend(self, size: int, least: int) -> str:
         """Which backend selection picks when all sizes of the table are `least`."""
         op = backends.OPS[self.ladder.op]
-        with forced(self.ladder.op, self.device) as force, torch.set_grad_enabled(self.ladder.autograd):
+        with forced(self.ladder.op, self.device) as force:
             force(least)
             return op.select(op.check(*self.arguments(size)), backends.machine(self.device))
 
     def run(self, arguments: Arguments) -> Sequence[Tensor]:
         """The call; its outputs, or with gradients those."""
-        with torch.set_grad_enabled(self.ladder.autograd):
-            found = getattr(mmfast.ops, self.ladder.op)(*arguments)
+        found = getattr(mmfast.ops, self.ladder.op)(*arguments)
         outputs = found if isinstance(found, tuple) else (found,)
         if not self.trained:
             return outputs

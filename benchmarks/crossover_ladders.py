@@ -34,7 +34,6 @@ class Ladder:
         trained: whether gradients are asked for; each is measured.
         train: places of the arguments that want one then.
         fits: whether the op counts calls like this (dtype, trained, device) under the key.
-        autograd: whether it is on.
     """
 
     op: str
@@ -46,7 +45,6 @@ class Ladder:
     trained: tuple[bool, ...] = (False,)
     train: tuple[int, ...] = (0,)
     fits: Callable[[torch.dtype, bool, str], bool] = lambda dtype, trained, device: True
-    autograd: bool = True
 
     @property
     def sizes(self) -> list[int]:
@@ -78,6 +76,11 @@ def _swiglu(size: int, dtype: torch.dtype, device: str) -> Arguments:
     return tuple(_some(size // 1024, 1024, dtype=dtype, device=device) for _ in range(2))
 
 
+def _halves(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    """As of a fused projection."""
+    return _some(size // 1024, 2048, dtype=dtype, device=device).chunk(2, 1)
+
+
 def _rope(size: int, dtype: torch.dtype, device: str) -> Arguments:
     length = size // 1024
     q, k = (_some(1, length, 8, 64, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
@@ -86,6 +89,10 @@ def _rope(size: int, dtype: torch.dtype, device: str) -> Arguments:
 
 def _gated_residual(size: int, dtype: torch.dtype, device: str) -> Arguments:
     return *_swiglu(size, dtype, device), torch.full((1,), 0.5, device=device)
+
+
+def _gated_halves(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return *_halves(size, dtype, device), torch.full((1,), 0.5, device=device)
 
 
 def _mixture_adapter(size: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -172,15 +179,17 @@ FLOATS = torch.float32, torch.bfloat16
 YES, BOTH = (True,), (False, True)
 
 LADDERS = (
-    Ladder("swiglu", "forward", 12, 21, _swiglu, FLOATS),
-    Ladder("swiglu", "backward", 13, 21, _swiglu, FLOATS, YES, (0, 1)),
-    Ladder("swiglu", "packed forward", 10, 21, _swiglu, FLOATS, autograd=False),
+    Ladder("swiglu", "packed forward", 10, 21, _swiglu, FLOATS),
+    Ladder("swiglu", "packed backward", 10, 21, _swiglu, FLOATS, YES, (0, 1)),
+    Ladder("swiglu", "forward", 12, 21, _halves, FLOATS),
+    Ladder("swiglu", "backward", 13, 21, _halves, FLOATS, YES, (0, 1)),
     Ladder("rope", "float16 forward", 12, 24, _rope, (torch.float16,)),
     Ladder("rope", "float16 backward", 12, 22, _rope, (torch.float16,), YES, (0, 1)),
-    Ladder("gated_residual", "packed forward", 10, 22, _gated_residual, FLOATS, autograd=False),
-    Ladder("gated_residual", "float32", 12, 22, _gated_residual, (torch.float32,), BOTH, (0, 1, 2)),
-    Ladder("gated_residual", "float16", 12, 22, _gated_residual, (torch.float16,), BOTH, (0, 1, 2)),
-    Ladder("gated_residual", "bfloat16", 12, 22, _gated_residual, (torch.bfloat16,), BOTH, (0, 1, 2)),
+    Ladder("gated_residual", "packed forward", 10, 22, _gated_residual, FLOATS),
+    Ladder("gated_residual", "packed backward", 10, 22, _gated_residual, FLOATS, YES, (0, 1, 2)),
+    Ladder("gated_residual", "float32", 12, 22, _gated_halves, (torch.float32,), BOTH, (0, 1, 2)),
+    Ladder("gated_residual", "float16", 12, 22, _gated_halves, (torch.float16,), BOTH, (0, 1, 2)),
+    Ladder("gated_residual", "bfloat16", 12, 22, _gated_halves, (torch.bfloat16,), BOTH, (0, 1, 2)),
     Ladder("mixture_adapter", "32-bit forward", 13, 21, _mixture_adapter),
     Ladder("mixture_adapter", "32-bit backward", 13, 21, _mixture_adapter, (torch.float32,), YES, (0, 1, 2, 3, 4, 5)),
     Ladder("mixture_adapter", "16-bit forward", 13, 20, _mixture_adapter, HALVES),
@@ -189,7 +198,8 @@ LADDERS = (
     Ladder("lora_linear", "forward", 15, 22, _wide_lora, FLOATS, fits=_fast),
     Ladder("lora_linear", "backward", 15, 22, _wide_lora, FLOATS, YES, (0, 2, 3), _fast),
     Ladder("lora_linear", "16-bit product", 18, 24, _lora_product, HALVES, BOTH, (0, 2, 3), _slow),
-    Ladder("bias_scale_linear", "output", 15, 22, _scaled_output, FLOATS, BOTH, (0, 2, 3), _fast),
+    # In float32 the kernel runs at every size.
+    Ladder("bias_scale_linear", "output", 15, 22, _scaled_output, (torch.bfloat16,), BOTH, (0, 2, 3), _fast),
     # Without a gradient there is nothing to gain.
     Ladder("bias_scale_linear", "input", 15, 22, _scaled_input, FLOATS, YES, (0, 2, 3), _fast),
     # Beside a bias in float32, as training keeps it.

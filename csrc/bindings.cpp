@@ -21,6 +21,8 @@ void dropout_cpu(TensorView x, int64_t seed, int64_t threshold, int64_t first_ro
 
 void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, TensorView out, int threads,
                             int vector_bits);
+void gated_residual_bwd_cpu(TensorView grad, std::optional<TensorView> y, TensorView factor,
+                            std::optional<TensorView> grad_y, std::optional<TensorView> grad_gate, int threads);
 
 void int8_quantize_cpu(TensorView weight, TensorView values, TensorView scale, int threads);
 void int8_dequantize_cpu(TensorView values, TensorView scale, int64_t first, int64_t last, TensorView out,
@@ -113,20 +115,21 @@ void spatio_temporal_pool_bwd_cuda(TensorView grad_pooled, std::optional<TensorV
 namespace {
 
 // By the C API, which calls them in a third of the time.
+template <bool PACKED>
 PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_ssize_t size;
   const char* pattern = count ? PyUnicode_AsUTF8AndSize(arguments[0], &size) : nullptr;
-  if (!pattern) return PyErr_Format(PyExc_TypeError, "fits(pattern, *tensors)");
-  return PyLong_FromLongLong(mmfast::dlpack::fits({pattern, static_cast<size_t>(size)}, arguments + 1, count - 1));
+  if (!pattern) return PyErr_Format(PyExc_TypeError, "%s(pattern, *tensors)", PACKED ? "packed" : "fits");
+  const std::string_view words{pattern, static_cast<size_t>(size)};
+  return PyLong_FromLongLong(mmfast::dlpack::fits(words, arguments + 1, count - 1, PACKED));
 }
 
-PyObject* packed_alike(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return PyLong_FromLongLong(mmfast::dlpack::packed_alike(arguments, count));
-}
+PyObject* overheard(PyObject*, PyObject*) { return PyBool_FromLong(mmfast::dlpack::overheard()); }
 
 PyMethodDef FAST[] = {
-    {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits)), METH_FASTCALL, nullptr},
-    {"packed_alike", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(packed_alike)), METH_FASTCALL, nullptr},
+    {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits<false>)), METH_FASTCALL, nullptr},
+    {"packed", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits<true>)), METH_FASTCALL, nullptr},
+    {"overheard", overheard, METH_NOARGS, nullptr},
     {},
 };
 
@@ -134,8 +137,8 @@ PyMethodDef FAST[] = {
 
 namespace pybind11::detail {
 
-// (address, dtype code, shape, strides), made by mmfast.ops.extension.described; or a tensor on the CPU itself, once there
-// was `take_tensors`.
+// (address, dtype code, shape, strides), made by mmfast.ops.extension.described; or a tensor on the CPU itself, which that
+// is asked of unless `take_tensors` made it readable here.
 template <>
 struct type_caster<mmfast::TensorView> {
   PYBIND11_TYPE_CASTER(mmfast::TensorView, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]]"));
@@ -144,6 +147,11 @@ struct type_caster<mmfast::TensorView> {
   bool load(handle source, bool) {
     PyObject* fields = source.ptr();
     if (const auto tensor = mmfast::dlpack::read(fields)) return load_tensor(*tensor);
+    object described;
+    if (!PyTuple_Check(fields) && mmfast::dlpack::describe) {
+      described = reinterpret_steal<object>(PyObject_CallOneArg(mmfast::dlpack::describe, fields));
+      if (!(fields = described.ptr())) throw error_already_set();
+    }
     if (!PyTuple_Check(fields) || PyTuple_GET_SIZE(fields) != 4) return false;
     value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(fields, 0));
     value.dtype = static_cast<mmfast::DType>(PyLong_AsLong(PyTuple_GET_ITEM(fields, 1)));
@@ -187,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("take_tensors", &mmfast::dlpack::take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("table"));
+  m.def("ask", &mmfast::dlpack::ask, py::arg("description"), py::arg("modes"), py::arg("functions"), py::arg("levels"));
   if (PyModule_AddFunctions(m.ptr(), FAST)) throw py::error_already_set();
 
   m.def("dropout_cpu", &mmfast::dropout_cpu, py::arg("x"), py::arg("seed"), py::arg("threshold"), py::arg("first_row"),
@@ -200,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("gated_residual_fwd_cpu", &mmfast::gated_residual_fwd_cpu, py::arg("x"), py::arg("y"), py::arg("factor"),
         py::arg("out"), py::arg("threads"), py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
+  m.def("gated_residual_bwd_cpu", &mmfast::gated_residual_bwd_cpu, py::arg("grad"), py::arg("y"), py::arg("factor"),
+        py::arg("grad_y"), py::arg("grad_gate"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("int8_quantize_cpu", &mmfast::int8_quantize_cpu, py::arg("weight"), py::arg("values"), py::arg("scale"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -100,11 +100,16 @@ template <typename F>
 void for_each_tile(int64_t rows, int64_t columns, int threads, F run) {
   threads = worthwhile_threads(rows * columns, threads);
   const int64_t blocks = (rows + ROWS - 1) / ROWS, slices = (columns + WIDTH - 1) / WIDTH;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < blocks * slices; ++i) {
+  const auto tile = [&](int64_t i) {
     const int64_t row = i / slices * ROWS, column = i % slices * WIDTH;
     run(row, std::min(ROWS, rows - row), column, std::min(WIDTH, columns - column));
+  };
+  if (threads == 1) {  // a team of one is not made faster than one of two
+    for (int64_t i = 0; i < blocks * slices; ++i) tile(i);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < blocks * slices; ++i) tile(i);
 }
 
 // A vector of the op's columns; where there is none, `absent` in each.
@@ -125,9 +130,10 @@ struct Vector {
 
 }  // namespace
 
-// y = (z + bias) · scale; z, y [M, N] of one dtype, or one of them f32; bias, scale [N] f32. y may be z.
+// y = (z + bias) · scale; z, y [M, N], or packed [..., N], of one dtype, or one of them f32; bias, scale [N] f32. y may be z.
 void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std::optional<TensorView> scale,
                                TensorView y, int threads) {
+  for (auto* view : {&z, &y}) to_matrix(*view);
   check(z.dim() == 2, "bias_scale_linear: z is ", z, "; expected two dimensions");
   const int64_t rows = z.size(0), columns = z.size(1);
   check_matrix(OP, "z", z, rows, columns);
@@ -150,12 +156,14 @@ void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std
 }
 
 // out = grad · scale, grad_bias += Σ_m grad · scale, grad_scale += Σ_m grad · (z + bias): each if it is given, the last
-// with z. grad, z, out [M, N] of one dtype, or grad or out f32; bias, scale, grad_bias, grad_scale [N] f32. out may be
+// with z. grad, z, out [M, N], or packed [..., N], of one dtype, or grad or out f32; bias, scale, grad_bias, grad_scale [N] f32. out may be
 // grad.
 void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std::optional<TensorView> bias,
                                std::optional<TensorView> scale, std::optional<TensorView> out,
                                std::optional<TensorView> grad_bias, std::optional<TensorView> grad_scale,
                                int threads) {
+  to_matrix(grad);
+  for (auto* view : {&z, &out}) to_matrix(*view);
   check(grad.dim() == 2, "bias_scale_linear: grad is ", grad, "; expected two dimensions");
   const int64_t rows = grad.size(0), columns = grad.size(1);
   check_matrix(OP, "grad", grad, rows, columns);

@@ -1,5 +1,8 @@
-// x + factor · y with one factor, or one for each column. (The gradients are a pass of bias_scale_linear.cpp.)
+// x + factor · y with one factor, or one for each column, and its gradients, which are a pass of bias_scale_linear.cpp.
 #include <cstdint>
+#include <numeric>
+#include <optional>
+#include <vector>
 
 #include "../tensor_view.h"
 #include "lanes.h"
@@ -8,6 +11,11 @@
 #include "stream.h"
 
 namespace mmfast {
+
+void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std::optional<TensorView> bias,
+                               std::optional<TensorView> scale, std::optional<TensorView> out,
+                               std::optional<TensorView> grad_bias, std::optional<TensorView> grad_scale, int threads);
+
 namespace {
 
 constexpr const char* OP = "gated_residual";
@@ -62,6 +70,32 @@ void gated_residual_fwd_cpu(TensorView x, TensorView y, TensorView factor, Tenso
       (one ? add_gated_row<true, T> : add_gated_row<false, T>)(from.row(i), with.row(i), factor.as<float>(), to.row(i),
                                                                columns, vector_bits);
   });
+}
+
+// grad_y = factor · grad, and of factor = tanh(gate) the gradient of the gate, (1 - factor²) · Σ grad · y: each if it is
+// given, the second with y. grad, y, grad_y [M, N], or packed [..., N], of one dtype; factor, grad_gate [N] or [1] f32.
+void gated_residual_bwd_cpu(TensorView grad, std::optional<TensorView> y, TensorView factor,
+                            std::optional<TensorView> grad_y, std::optional<TensorView> grad_gate, int threads) {
+  to_matrix(grad);
+  check(grad.dim() == 2, OP, ": grad is ", grad, "; expected two dimensions");
+  check(y.has_value() == grad_gate.has_value(), OP, ": grad_gate and y come together");
+  const int64_t columns = grad.size(1), gates = factor.numel();
+  check(gates == 1 || gates == columns, OP, ": factor is ", factor, "; expected ", columns, " numbers, or one");
+  for (auto* view : {&factor, grad_gate ? &*grad_gate : nullptr}) {
+    if (!view) continue;
+    if (view->numel() == 1) view->shape = view->strides = {1};
+    view->expect(view == &factor ? "factor" : "grad_gate", DType::f32, {gates});
+  }
+
+  const float* of = factor.as<float>();
+  std::vector<float> factors = gates == columns ? std::vector<float>(of, of + columns) : std::vector<float>(columns, *of);
+  std::vector<float> sums(columns);
+  const auto row = [&](std::vector<float>& from) { return TensorView{from.data(), DType::f32, {columns}, {1}}; };
+  bias_scale_linear_bwd_cpu(grad, y, std::nullopt, row(factors), grad_y, std::nullopt,
+                            y ? std::optional(row(sums)) : std::nullopt, threads);
+  if (!grad_gate) return;
+  if (gates == 1) sums.assign(1, static_cast<float>(std::accumulate(sums.begin(), sums.end(), 0.0)));
+  for (int64_t i = 0; i < gates; ++i) grad_gate->as<float>()[i] = (1.0f - of[i] * of[i]) * sums[i];
 }
 
 }  // namespace mmfast

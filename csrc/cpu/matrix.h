@@ -39,6 +39,10 @@ inline void to_matrix(TensorView& view) {
   view.strides = {columns, 1};
 }
 
+inline void to_matrix(std::optional<TensorView>& view) {
+  if (view) to_matrix(*view);
+}
+
 // Raises unless the view is [rows, columns] with packed rows; `op` and `name` say whose it is.
 inline void check_matrix(const char* op, const char* name, const TensorView& view, int64_t rows, int64_t columns) {
   check(view.dim() == 2 && view.size(0) == rows && view.size(1) == columns && (columns <= 1 || view.stride(1) == 1),

@@ -72,11 +72,17 @@ void backward_run(const T* grad, const T* gate, const T* up, T* grad_gate, T* gr
 template <typename F>
 void for_each_run(int64_t rows, int64_t columns, int threads, F run) {
   const int64_t width = std::min(columns, TILE), slices = width ? (columns + width - 1) / width : 0;
-#pragma omp parallel for num_threads(worthwhile_threads(rows * columns, threads)) schedule(static)
-  for (int64_t i = 0; i < rows * slices; ++i) {
+  const auto part = [&](int64_t i) {
     const int64_t column = i % slices * width;
     run(i / slices, column, std::min(width, columns - column));
+  };
+  threads = worthwhile_threads(rows * columns, threads);
+  if (threads == 1) {  // a team of one is not made faster than one of two
+    for (int64_t i = 0; i < rows * slices; ++i) part(i);
+    return;
   }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows * slices; ++i) part(i);
 }
 
 // The rows and columns that a pass goes through: one row where all operands are packed.
@@ -119,10 +125,12 @@ void swiglu_fwd_cpu(TensorView gate, TensorView up, TensorView out, int threads,
   });
 }
 
-// grad_gate = grad · up · silu'(gate), grad_up = grad · silu(gate): each if it is given, the first with up. All [M, F] of
-// one dtype.
+// grad_gate = grad · up · silu'(gate), grad_up = grad · silu(gate): each if it is given, the first with up. All [M, F],
+// or packed [..., F], of one dtype.
 void swiglu_bwd_cpu(TensorView grad, TensorView gate, std::optional<TensorView> up, std::optional<TensorView> grad_gate,
                     std::optional<TensorView> grad_up, int threads, int vector_bits) {
+  for (auto* view : {&grad, &gate}) to_matrix(*view);
+  for (auto* view : {&up, &grad_gate, &grad_up}) to_matrix(*view);
   check(up.has_value() == grad_gate.has_value(), OP, ": grad_gate and up come together");
   check(grad_gate || grad_up, OP, ": no gradient is asked for");
   Extent extent(gate);

@@ -8,6 +8,7 @@ without a GPU. A kernel that raises is an error and never a reason to fall back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, function
 
 from mmfast.ops import crossovers, extension
 
@@ -281,25 +282,31 @@ def fits(backend: str | None, pattern: str, *tensors: Any) -> int:
     return extension.fits()(pattern, *tensors)
 
 
-def packed(first: Tensor, second: Tensor) -> int:
-    """The number of elements of each, if a kernel in C++ takes these as they are, without views made in Python; else 0.
+def packed(backend: str | None, pattern: str, *tensors: Any) -> int:
+    """What `fits` returns, if kernels in C++ take those tensors as they are, without views made in Python; else -1.
 
-    It takes contiguous ones on the CPU, of one shape [..., n] and one dtype that kernels have. It is 0 where a backend
-    is asked for by `use_backend`, in a traced graph, where somebody listens, and with autograd on: to ask for gradients
-    costs more than a small call has.
+    Each is contiguous then, each * of a dtype that kernels have, and nobody is to hear of one (`extension.overheard`).
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _requested or overhears():
-        return 0
-    return extension.packed_alike()(first, second)
+    if torch.compiler.is_compiling() or backend or _requested:
+        return -1
+    return extension.packed()(pattern, *tensors)
 
 
-def overhears() -> bool:
-    """Whether somebody is to hear of a kernel: a dispatch mode, torch.func, forward-mode differentiation."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+def straight(differentiable: type[Function]) -> Callable[..., Any]:
+    """`apply` of a function, for tensors that are `packed`: without asking for torch.func once more, in Python."""
+    apply: Callable[..., Any] = super(Function, differentiable).apply  # type: ignore[misc]
+    return apply
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of this name, which alone takes 5 to 8 us, where a graph of the gradients is asked for."""
+    refusing = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 def checked_late(reference: Callable[..., Any], check: Callable[..., Any], *arguments: Any) -> Any:
@@ -351,4 +358,4 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _overheard(argument: Tensor | Sequence[Tensor]) -> bool:
     """Whether a call must go through PyTorch's dispatcher, because somebody listens there."""
     tensor = argument if isinstance(argument, Tensor) else argument[0]
-    return overhears() or type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda)
+    return extension.overheard()() or type(tensor) not in _PLAIN or not (tensor.is_cpu or tensor.is_cuda)

@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 # The codes of DType in csrc/tensor_view.h.
 DTYPE_CODES = {
@@ -34,6 +35,8 @@ def _load() -> tuple[ModuleType | None, str]:
         found = importlib.import_module("mmfast._C")
     except ImportError as error:
         return None, f"the compiled extension mmfast._C cannot be imported ({error})"
+    listeners = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack, forward_ad.__dict__
+    found.ask(described, *listeners)
     if table := getattr(torch.Tensor, "__dlpack_c_exchange_api__", None):
         global _read_by_cpp
         if found.take_tensors(torch.Tensor, torch.nn.Parameter, table):
@@ -72,12 +75,20 @@ def fits() -> Callable[..., int]:
 
 
 @cache
-def packed_alike() -> Callable[..., int]:
-    """The elements of each of some tensors, if all are contiguous, on the CPU, and of one shape [..., n] and one dtype
-    that kernels have; else 0. Without the extension, a function that returns 0.
+def packed() -> Callable[..., int]:
+    """What `mmfast.ops.backends.packed` asks of C++; without the extension, a function that returns -1."""
+    found, _ = _load()
+    return (lambda pattern, *tensors: -1) if found is None else found.packed
+
+
+@cache
+def overheard() -> Callable[[], bool]:
+    """Whether somebody is to hear of a kernel: a dispatch mode, torch.func, forward-mode differentiation.
+
+    C++ finds out in half the time. Without the extension it is assumed, which costs a call the dispatcher's time.
     """
     found, _ = _load()
-    return (lambda *tensors: 0) if found is None else found.packed_alike
+    return (lambda: True) if found is None else found.overheard
 
 
 def has_amx() -> bool:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, crossovers, extension, products
 from mmfast.ops.backends import Backend, Machine, Op, Size
-from mmfast.ops.bias_scale_linear import STEPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements of x from which the kernel is faster on a CPU: "packed" as `backends.packed` says, with autograd off; else by
-# dtype, with gradients and without. 16-bit operands cost the reference copies in fp32.
+# Elements of x from which the kernel is faster on a CPU: "packed" as `backends.packed` says, with gradients and
+# without; else by dtype. 16-bit operands cost the reference copies in fp32.
 LEAST = crossovers.CPU.cpu("gated_residual")
 KEYS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# What is counted, and the shapes of x, y and gate, for `backends.packed` and `backends.fits`.
+PATTERN = "*h *h *h= ~h"
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -87,8 +85,8 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     key = KEYS[call.x.dtype]
-    if machine.device == "cpu" and backends.packed(call.x, call.y):
-        key = "packed forward"
+    if machine.device == "cpu" and backends.packed(None, PATTERN, call.x, call.y, call.gate) >= 0:
+        key = "packed backward" if call.differentiated else "packed forward"
     return (Size(key, call.x.numel(), "x has {} elements"),)
 
 
@@ -100,36 +98,51 @@ OP = Op(
 )
 
 
-def _add_gated_cpu(*tensors: Tensor) -> None:
-    extension.module().gated_residual_fwd_cpu(*map(extension.view, tensors), torch.get_num_threads())
-
-
-def _add_gated_triton(x: Tensor, y: Tensor, factor: Tensor, out: Tensor) -> None:
-    from mmfast.kernels.gated_residual import forward
-
-    with torch.cuda.device_of(x):
-        forward(x, y, factor.expand(x.shape[-1]).contiguous(), out)
-
-
-_ADD_GATED: dict[str, Callable[..., None]] = {"cpu": _add_gated_cpu, "triton": _add_gated_triton}
-
-
 def _tanh(gate: Tensor) -> Tensor:
     # Asked first: `to` takes a tenth of a small call, even where it has nothing to do.
     return torch.tanh(gate if gate.dtype == torch.float32 else gate.to(torch.float32))
 
 
 def _fwd_packed(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """`_fwd` of contiguous tensors on the CPU, which C++ takes as they are."""
+    """out, of packed tensors."""
     out = torch.empty_like(x)
     extension.module().gated_residual_fwd_cpu(x, y, _tanh(gate), out, torch.get_num_threads())
     return out
 
 
-def _fwd(backend: str, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    matrices = [products.as_matrix(matrix) for matrix in (x, y, out)]
-    _ADD_GATED[backend](*matrices[:2], _tanh(gate), matrices[2])
+def _bwd_packed(grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of y, if it is needed, and of gate, in fp32, if y is given, of packed tensors."""
+    factor = _tanh(gate)
+    grad_y = torch.empty_like(grad) if need_y else None
+    grad_gate = None if y is None else torch.empty_like(factor)
+    extension.module().gated_residual_bwd_cpu(grad, y, factor, grad_y, grad_gate, torch.get_num_threads())
+    return grad_y, grad_gate
+
+
+def _fwd_cpu(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y, matrix = map(products.as_matrix, (x, y, out))
+    extension.module().gated_residual_fwd_cpu(x, y, _tanh(gate), matrix, torch.get_num_threads())
+    return out
+
+
+def _bwd_cpu(grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> list[Tensor]:
+    factor = _tanh(gate)
+    grad_y = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_y else None
+    grad_gate = None if y is None else torch.empty_like(factor)
+    matrices = [None if x is None else products.as_matrix(x) for x in (grad, y, grad_y)]
+    kernel = extension.module().gated_residual_bwd_cpu
+    kernel(*matrices[:2], factor, matrices[2], grad_gate, torch.get_num_threads())
+    return [found for found in (grad_y, grad_gate) if found is not None]
+
+
+def _fwd_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    from mmfast.kernels.gated_residual import forward
+
+    with torch.cuda.device_of(x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        x, y, rows_of_out = (products.as_matrix(matrix) for matrix in (x, y, out))
+        forward(x, y, _tanh(gate).expand(x.shape[-1]).contiguous(), rows_of_out)
     return out
 
 
@@ -137,21 +150,22 @@ def _fwd_fake(x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _bwd(backend: str, grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> list[Tensor]:
-    """The gradients of y, if it is needed, and of gate, in fp32, if y is given."""
+def _bwd_triton(grad: Tensor, y: Tensor | None, gate: Tensor, need_y: bool) -> list[Tensor]:
+    from mmfast.kernels.bias_scale_linear import read_grad
+
     channels = grad.shape[-1]
-    tanh = _tanh(gate)
-    factor = tanh.expand(channels).contiguous()
-    grad_y = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if need_y else None
-    sums = None if y is None else torch.zeros_like(factor)
-    matrices = [None if matrix is None else products.as_matrix(matrix) for matrix in (grad, y, grad_y)]
-    # dy = factor · grad and Σ grad · y, as of a scale on an output.
-    STEPS[backend].read_grad(*matrices[:2], None, factor, matrices[2], None, sums)
-    found = [] if grad_y is None else [grad_y]
-    if sums is not None:
-        slope = 1 - tanh**2
-        total = sums.view_as(gate) if gate.numel() == channels else sums.sum(dtype=torch.float64).to(torch.float32)
-        found.append((slope * total).view_as(gate))
+    with torch.cuda.device_of(grad):
+        tanh = _tanh(gate)
+        factor = tanh.expand(channels).contiguous()
+        grad_y = torch.empty_like(grad, memory_format=torch.contiguous_format) if need_y else None
+        sums = None if y is None else torch.zeros_like(factor)
+        matrices = [None if matrix is None else products.as_matrix(matrix) for matrix in (grad, y, grad_y)]
+        # dy = factor · grad and Σ grad · y, as of a scale on an output.
+        read_grad(*matrices[:2], None, factor, matrices[2], None, sums)
+        found = [] if grad_y is None else [grad_y]
+        if sums is not None:
+            total = sums.view_as(gate) if gate.numel() == channels else sums.sum(dtype=torch.float64).float()
+            found.append(((1 - tanh**2) * total).view_as(gate))
     return found
 
 
@@ -164,34 +178,48 @@ _FWD = backends.define(
     "gated_residual_fwd",
     "(Tensor x, Tensor y, Tensor gate) -> Tensor",
     _fwd_fake,
-    {name: partial(_fwd, name) for name in STEPS},
+    {"cpu": _fwd_cpu, "triton": _fwd_triton},
 )
 _BWD = backends.define(
     "gated_residual_bwd",
     "(Tensor grad, Tensor? y, Tensor gate, bool need_y) -> Tensor[]",
     _bwd_fake,
-    {name: partial(_bwd, name) for name in STEPS},
+    {"cpu": _bwd_cpu, "triton": _bwd_triton},
 )
 
 
 class _GatedResidual(torch.autograd.Function):
-    """Saves gate, and y if gate needs a gradient. The gradient of x is that of the output, the very tensor."""
+    """Saves gate, and y if gate needs a gradient. The gradient of x is that of the output, the very tensor.
+
+    No backend is given for packed x and y on the CPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, backend: str) -> Tensor:
-        _, need_y, need_gate, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, backend: str | None = None) -> Tensor:
+        _, need_y, need_gate, *_ = ctx.needs_input_grad
         ctx.save_for_backward(y if need_gate else None, gate if need_y or need_gate else None)
+        if backend is None:
+            return _fwd_packed(x, y, gate)
         ctx.backend = backend
         return _FWD(x, y, gate, backend)
 
     @staticmethod
-    @once_differentiable
+    @backends.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, gate = ctx.saved_tensors
-        need_x, need_y, need_gate, _ = ctx.needs_input_grad
-        found = iter(_BWD(grad, y, gate, need_y, ctx.backend) if need_y or need_gate else ())
-        grad_y = next(found) if need_y else None
-        return grad if need_x else None, grad_y, next(found).to(gate.dtype) if need_gate else None, None
+        need_x, need_y, need_gate, *backend = ctx.needs_input_grad
+        grad_y = grad_gate = None
+        if not backend and backends.packed(None, "*h *h *h=? ~h", grad, y, gate) >= 0:
+            grad_y, grad_gate = _bwd_packed(grad, y, gate, need_y)
+        elif need_y or need_gate:
+            found = iter(_BWD(grad, y, gate, need_y, ctx.backend if backend else "cpu"))
+            grad_y, grad_gate = next(found) if need_y else None, next(found) if need_gate else None
+        if grad_gate is not None and gate.dtype != torch.float32:
+            grad_gate = grad_gate.to(gate.dtype)
+        return grad if need_x else None, grad_y, grad_gate, None
+
+
+_APPLY = backends.straight(_GatedResidual)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
@@ -217,12 +245,13 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = 
     Source: Alayrac et al., "Flamingo" (arXiv 2204.14198); see `reference`.
     """
     # What `check` and `OP.select` would find, in less time than a small call takes.
-    count = backends.fits(backend, "*h *h *h= ~h", x, y, gate)
-    if count >= 0 and x.dtype in KEYS:
-        if not torch.is_grad_enabled() and backends.packed(x, y):
-            return _fwd_packed(x, y, gate) if count >= LEAST["packed forward"] else reference(x, y, gate)
-        if count < LEAST[KEYS[x.dtype]]:
+    if (count := backends.packed(backend, PATTERN, x, y, gate)) >= 0:
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or gate.requires_grad)
+        if count < LEAST["packed backward" if differentiated else "packed forward"]:
             return reference(x, y, gate)
+        return _APPLY(x, y, gate) if differentiated else _fwd_packed(x, y, gate)
+    if x.dtype in KEYS and 0 <= backends.fits(backend, PATTERN, x, y, gate) < LEAST[KEYS[x.dtype]]:
+        return reference(x, y, gate)
     call = check(x, y, gate)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, extension
 from mmfast.ops.backends import Backend, Machine, Op
@@ -259,7 +258,7 @@ class _RMSNorm(torch.autograd.Function):
         return (y, *total) if total else y
 
     @staticmethod
-    @once_differentiable
+    @backends.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_residual, *_ = ctx.needs_input_grad
         need_h = need_x or need_residual

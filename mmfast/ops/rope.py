@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, crossovers, extension
 from mmfast.ops.backends import Backend, Machine, Op, Size
@@ -180,7 +179,7 @@ class _Rope(torch.autograd.Function):
         return turned_q, turned_k
 
     @staticmethod
-    @once_differentiable
+    @backends.once_differentiable
     def backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Tensor | None, ...]:
         need_q, need_k, *_ = ctx.needs_input_grad
         wanted = (grad_q if need_q else None, grad_k if need_k else None)

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, crossovers, extension, products
 from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-# Elements from which the kernel is faster on a CPU: "packed" as `backends.packed` says, with autograd off; else without
-# a gradient and with one.
+# Elements from which the kernel is faster on a CPU, with a gradient and without; "packed" as `backends.packed` says.
 LEAST = crossovers.CPU.cpu("swiglu")
+# What is counted, and the shapes of gate and up, for `backends.packed` and `backends.fits`.
+PATTERN = "*f *f *f="
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     key = "backward" if call.differentiated else "forward"
-    if machine.device == "cpu" and backends.packed(call.gate, call.up):
-        key = "packed forward"
+    if machine.device == "cpu" and backends.packed(None, PATTERN, call.gate, call.up) >= 0:
+        key = f"packed {key}"
     return (Size(key, call.gate.numel(), "gate has {} elements"),)
 
 
@@ -89,23 +89,32 @@ def _bwd_fake(
     return [gate.new_empty(gate.shape) for needed in (need_gate, need_up) if needed]
 
 
-def _fwd_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    matrices = [products.as_matrix(x) for x in (gate, up, out)]  # a copy among them must outlive the call
-    extension.module().swiglu_fwd_cpu(*map(extension.view, matrices), torch.get_num_threads())
-    return out
-
-
 def _fwd_packed(gate: Tensor, up: Tensor) -> Tensor:
-    """`_fwd_cpu` of contiguous tensors, which C++ takes as they are."""
+    """out, of packed tensors."""
     out = torch.empty_like(gate)
     extension.module().swiglu_fwd_cpu(gate, up, out, torch.get_num_threads())
     return out
 
 
+def _bwd_packed(
+    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of gate and up that are needed, of packed tensors."""
+    grad_gate = torch.empty_like(gate) if need_gate else None
+    grad_up = torch.empty_like(gate) if need_up else None
+    extension.module().swiglu_bwd_cpu(grad, gate, up, grad_gate, grad_up, torch.get_num_threads())
+    return grad_gate, grad_up
+
+
+def _fwd_cpu(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    extension.module().swiglu_fwd_cpu(*map(products.as_matrix, (gate, up, out)), torch.get_num_threads())
+    return out
+
+
 def _bwd_cpu(grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool) -> list[Tensor]:
     grads, matrices = _gradients(grad, gate, up, need_gate, need_up)
-    extension.module().swiglu_bwd_cpu(*map(extension.optional_view, matrices), torch.get_num_threads())
+    extension.module().swiglu_bwd_cpu(*matrices, torch.get_num_threads())
     return grads
 
 
@@ -132,7 +141,7 @@ def _gradients(
 ) -> tuple[list[Tensor], list[Any]]:
     """Memory for the gradients that are needed; the matrices grad, gate, up, grad_gate, grad_up of a backward pass."""
     made = [
-        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if needed else None
+        torch.empty_like(gate, memory_format=torch.contiguous_format) if needed else None
         for needed in (need_gate, need_up)
     ]
     matrices = [None if x is None else products.as_matrix(x) for x in (grad, gate, up if need_gate else None, *made)]
@@ -151,20 +160,28 @@ _BWD = backends.define(
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Saves its inputs: gate, and up if gate needs a gradient."""
+    """Saves its inputs: gate, and up if gate needs a gradient. No backend is given for packed tensors on the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
         ctx.save_for_backward(gate, up if ctx.needs_input_grad[0] else None)
+        if backend is None:
+            return _fwd_packed(gate, up)
         ctx.backend = backend
         return _FWD(gate, up, backend)
 
     @staticmethod
-    @once_differentiable
+    @backends.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_gate, need_up, _ = ctx.needs_input_grad
-        found = iter(_BWD(grad, *ctx.saved_tensors, need_gate, need_up, ctx.backend))
+        need_gate, need_up, *backend = ctx.needs_input_grad
+        gate, up = ctx.saved_tensors
+        if not backend and backends.packed(None, "*f *f *f= *f=?", grad, gate, up) >= 0:
+            return _bwd_packed(grad, gate, up, need_gate, need_up)
+        found = iter(_BWD(grad, gate, up, need_gate, need_up, ctx.backend if backend else "cpu"))
         return next(found) if need_gate else None, next(found) if need_up else None, None
+
+
+_APPLY = backends.straight(_SwiGLU)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -191,9 +208,12 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; see `reference`.
     """
     # What `check` and `OP.select` would find, in less time than a small call takes.
-    if not backend and not torch.is_grad_enabled() and (count := backends.packed(gate, up)):
-        return _fwd_packed(gate, up) if count >= LEAST["packed forward"] else reference(gate, up)
-    if 0 <= backends.fits(backend, "*f *f *f=", gate, up) < min(LEAST["forward"], LEAST["backward"]):
+    if (count := backends.packed(backend, PATTERN, gate, up)) >= 0:
+        differentiated = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+        if count < LEAST["packed backward" if differentiated else "packed forward"]:
+            return reference(gate, up)
+        return _APPLY(gate, up) if differentiated else _fwd_packed(gate, up)
+    if 0 <= backends.fits(backend, PATTERN, gate, up) < min(LEAST["forward"], LEAST["backward"]):
         return reference(gate, up)
     call = check(gate, up)
     chosen = OP.select(call, backends.machine(call.device), backend)

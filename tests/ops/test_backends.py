@@ -89,21 +89,46 @@ class _Own(Tensor):
 
 
 def test_what_c_plus_plus_takes_as_it_is() -> None:
-    assert not backends.packed(W, W)  # autograd is on
-    with torch.no_grad():
-        assert backends.packed(W, torch.nn.Parameter(W))
-        assert backends.packed(W.half(), W.half())
-        strided = torch.randn(4, 16)[:, ::2]
-        for other in (W[:2], W.half(), W.to("meta"), W.as_subclass(_Own), strided, W.to_sparse(), W[None]):
-            assert not backends.packed(W, other)
-            assert not backends.packed(other, W)
-        assert not backends.packed(W.double(), W.double())
-        assert not backends.packed(W[:0], W[:0])
-        with use_backend("cpu"):
-            assert not backends.packed(W, W)
-        with _Seen():
-            assert not backends.packed(W, W)
-        assert torch.func.vmap(lambda w: w * backends.packed(w, w) + backends.packed(W, W))(W).eq(0).all()
+    def packed(*tensors: Any) -> bool:
+        return backends.packed(None, "*h *h *h=", *tensors) >= 0
+
+    assert backends.packed(None, "*h *h *h= ~h", W, torch.nn.Parameter(W), W[0, ::2].double().sum()) == W.numel()
+    assert backends.packed(None, "*h *h *h= ~h", W, W, torch.zeros(2 * W.shape[1])[::2]) == -1
+    assert packed(W.half(), W.half())
+    strided = torch.randn(4, 16)[:, ::2]
+    for other in (W[:2], W.half(), W.to("meta"), W.as_subclass(_Own), strided, W.to_sparse(), W[None]):
+        assert not packed(W, other)
+        assert not packed(other, W)
+    assert not packed(W.double(), W.double())
+    assert backends.packed("cpu", "*h *h", W) == -1
+    with use_backend("cpu"):
+        assert not packed(W, W)
+    with _Seen():
+        assert not packed(W, W)
+    with torch.autograd.forward_ad.dual_level():
+        assert not packed(W, W)
+    assert torch.func.vmap(lambda w: w * packed(w, w) + packed(W, W))(W).eq(0).all()
+
+
+def test_once_differentiable_asks_for_a_graph_first() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        @backends.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled()
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    assert torch.autograd.grad(Doubled.apply(x).sum(), x)[0].tolist() == [2, 2, 2]
+    output = Doubled.apply(x)
+    (first,) = torch.autograd.grad(output, x, torch.ones(3, requires_grad=True), create_graph=True)
+    assert first.tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(

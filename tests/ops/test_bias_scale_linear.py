@@ -82,7 +82,7 @@ def double(arguments: Arguments) -> Any:
     return tuple(x.double() if isinstance(x, Tensor) else x for x in arguments)
 
 
-def assert_close(backend: str, arguments: Arguments, needs: str = "xwbs") -> None:
+def assert_close(backend: str | None, arguments: Arguments, needs: str = "xwbs") -> None:
     """Output and gradients are as near to the float64 reference as they must be, and no worse than eager's."""
     dtype = arguments[0].dtype
     exact = run(reference, double(arguments), needs)
@@ -429,7 +429,7 @@ def test_small_calls_have_the_bits_of_the_reference(scale_on: str, vectors: torc
     expected, ours = run(reference, arguments), run(bias_scale_linear, arguments)
     before = [x.clone() for x in arguments[:3]]
     with torch.no_grad():
-        ours["without autograd"], expected["without autograd"] = bias_scale_linear(*arguments), expected["output"]
+        torch.testing.assert_close(bias_scale_linear(*arguments), expected["output"])
     assert all(torch.equal(x, y) for x, y in zip(arguments[:3], before, strict=True))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
@@ -510,8 +510,49 @@ def test_impossible_request(arguments: Arguments, on: Machine, request_: str, re
         OP.select(check(*arguments), on, request_)
 
 
+@pytest.mark.parametrize("needs", ["xbs", "x", "b", "s", "bs", ""])
+@pytest.mark.parametrize("shape", [(16,), (64, 128), (2, 3, 33), (0, 8)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_packed_float32_calls_run_the_kernels_at_once(
+    needs: str, shape: tuple[int, ...], biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = some(shape, 24)
+    if not biased:
+        arguments, needs = (*arguments[:2], None, *arguments[3:]), needs.replace("b", "")
+    general = run(bias_scale_linear, arguments, needs, backend="cpu")
+    assert explain(bias_scale_linear, *arguments).startswith("bias_scale_linear runs on: cpu\n")
+    module = sys.modules[OP.check.__module__]
+    for name in ("check", "reference", "_FWD", "_BWD"):
+        monkeypatch.setattr(module, name, lambda *arguments: pytest.fail("another path"))
+    assert_close(None, arguments, needs)
+    found = run(bias_scale_linear, arguments, needs)
+    for name, expected in general.items():
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_strided_vectors_take_the_general_path() -> None:
+    x, weight, bias, scale, _ = some((4, 8), 24)
+    double_spaced = (torch.stack((vector, vector), 1)[:, 0] for vector in (bias, scale))
+    torch.testing.assert_close(bias_scale_linear(x, weight, *double_spaced), reference(x, weight, bias, scale))
+
+
+def test_packed_float32_calls_whose_gradients_are_not() -> None:
+    arguments = some((4, 8), 24)
+    expected = run(bias_scale_linear, arguments, "xbs", grad=torch.ones(4, 24))
+    for grad in (torch.ones(()).expand(4, 24), torch.ones(24, 4).t()):
+        leaves = [x.detach().requires_grad_(i != 1) for i, x in enumerate(arguments[:4])]
+        output = bias_scale_linear(*leaves)
+        found = torch.autograd.grad(output, [leaves[0], *leaves[2:]], grad)
+        for ours, name in zip(found, ("grad x", "grad b", "grad s"), strict=True):
+            torch.testing.assert_close(ours, expected[name])
+    output = bias_scale_linear(*leaves)
+    (gradient,) = torch.autograd.grad(output, leaves[0], grad.clone().requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_explain() -> None:
-    assert explain(bias_scale_linear, *some((2, 8), 4)).splitlines() == [
+    assert explain(bias_scale_linear, *some((2, 8), 4, dtype=torch.bfloat16)).splitlines() == [
         "bias_scale_linear runs on: reference",
         f"  cpu: rows · N is 8; below {LEAST['output']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",

@@ -38,7 +38,7 @@ def run(function: Any, operands: Operands, needs: str, grad: Tensor, **options: 
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def assert_close(backend: str, operands: Operands, needs: str = "xyg", grad: Tensor | None = None) -> None:
+def assert_close(backend: str | None, operands: Operands, needs: str = "xyg", grad: Tensor | None = None) -> None:
     if grad is None:
         grad = torch.randn(operands[0].shape).to(operands[0])  # the same numbers for all
     x, y, gate = operands
@@ -251,25 +251,38 @@ def test_impossible_request() -> None:
 def test_explain() -> None:
     assert explain(gated_residual, *some(2, 8)).splitlines() == [
         "gated_residual runs on: reference",
-        f"  cpu: x has 16 elements; below {FLOAT32} the reference is faster",
+        f"  cpu: x has 16 elements; below {LEAST['packed forward']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gates", [(), (1,), (333,)])
-def test_packed_calls_without_autograd_run_the_kernel_at_once(
-    dtype: torch.dtype, gates: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("needs", ["xyg", "y", "g", ""])
+def test_packed_calls_run_the_kernel_at_once(
+    dtype: torch.dtype, gates: tuple[int, ...], needs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, y = (torch.randn(3, 7, 333).to(dtype) for _ in range(2))
-    gate = torch.randn(gates).half()
+    operands = some(3, 7, 333, gate=gates, dtype=dtype, gate_dtype=torch.float16)
+    grad = torch.randn(3, 7, 333).to(dtype)
+    expected = run(gated_residual, operands, needs, grad, backend="cpu")
+    leaves = [x.clone().requires_grad_(name in needs) for name, x in zip("xyg", operands, strict=True)]
+    assert explain(gated_residual, *leaves).startswith("gated_residual runs on: cpu\n")
+    module = sys.modules[OP.check.__module__]
+    for name in ("check", "_FWD", "_BWD"):
+        monkeypatch.setattr(module, name, lambda *arguments: pytest.fail("the general path"))
+    assert_close(None, operands, needs, grad)
+    found = run(gated_residual, operands, needs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with torch.no_grad():
-        expected = gated_residual(x, y, gate, backend="cpu")
-        assert explain(gated_residual, x, y, gate).startswith("gated_residual runs on: cpu\n")
-        monkeypatch.setattr(sys.modules[OP.check.__module__], "check", lambda *arguments: pytest.fail("checked"))
-        found = gated_residual(x, y.requires_grad_(), gate)
-    assert torch.equal(found, expected)
-    assert (found.shape, found.is_contiguous(), found.requires_grad) == (x.shape, True, False)
+        output = gated_residual(operands[0], operands[1].requires_grad_(), operands[2])
+    assert torch.equal(output, found[0]) and not output.requires_grad
+
+
+@pytest.mark.parametrize("gates", [(), (128,)])
+def test_packed_calls_whose_gradients_are_not(gates: tuple[int, ...]) -> None:
+    operands, grad = some(64, 128, gate=gates), torch.randn(128, 64).t()
+    found, expected = (run(gated_residual, operands, "xyg", grad, **o) for o in ({}, {"backend": "cpu"}))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 X, G = torch.zeros(2, 3), torch.zeros(1)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BACKENDS, CPU, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast.ops import BackendUnavailable, explain, extension, swiglu, use_backend
 from mmfast.ops.backends import Machine, machine
@@ -297,7 +298,7 @@ def test_impossible_request(arguments: tuple[Tensor, Tensor], on: Machine, reque
 def test_explain() -> None:
     assert explain(swiglu, *some(2, 8)).splitlines() == [
         "swiglu runs on: reference",
-        f"  cpu: gate has 16 elements; below {WITHOUT} the reference is faster",
+        f"  cpu: gate has 16 elements; below {LEAST['packed forward']} the reference is faster",
         "  triton: the Triton interpreter is for tests; ask for it by name",
     ]
 
@@ -315,18 +316,63 @@ def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5003,), (64, 128), (3, 7, 333)])
-def test_packed_calls_without_autograd_run_the_kernel_at_once(
-    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shape", [(8209,), (64, 128), (3, 7, 433)])
+@pytest.mark.parametrize("needs", ["gu", "g", "u", ""])
+def test_packed_calls_run_the_kernel_at_once(
+    dtype: torch.dtype, shape: tuple[int, ...], needs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, up = some(*shape, dtype=dtype)
+    expected = run(swiglu, gate, up, needs, backend="cpu")
+    grad = torch.randn(shape).to(dtype)
+    exact = run(reference, gate.double(), up.double(), needs, grad)
+    eager = run(reference, gate, up, needs, grad)
+    assert explain(swiglu, gate.requires_grad_(bool(needs)), up).startswith("swiglu runs on: cpu\n")
+    module = sys.modules[OP.check.__module__]
+    for name in ("check", "_FWD", "_BWD"):
+        monkeypatch.setattr(module, name, lambda *arguments: pytest.fail("the general path"))
+    found = run(swiglu, gate, up, needs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert found[0].is_contiguous()
+    for ours, baseline, wanted in zip(run(swiglu, gate, up, needs, grad), eager, exact, strict=True):
+        assert_as_near(ours, baseline, wanted, dtype)
     with torch.no_grad():
-        expected = swiglu(gate, up, backend="cpu")
-        assert explain(swiglu, gate, up).startswith("swiglu runs on: cpu\n")
-        monkeypatch.setattr(sys.modules[OP.check.__module__], "check", lambda *arguments: pytest.fail("checked"))
-        found = swiglu(gate.requires_grad_(), up)
-    assert torch.equal(found, expected)
-    assert (found.shape, found.is_contiguous(), found.requires_grad) == (gate.shape, True, False)
+        output = swiglu(gate.requires_grad_(), up)
+    assert torch.equal(output, found[0]) and not output.requires_grad
+
+
+class _Listener(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_packed_calls_whose_gradients_take_the_general_path() -> None:
+    """A gradient that is not packed, or that somebody listens to; what a hook has moved; a graph of the gradients."""
+    gate, up = (x.requires_grad_() for x in some(64, 128))
+    grad = torch.randn(64, 128)
+    expected = torch.autograd.grad(swiglu(gate, up, backend="cpu"), (gate, up), grad)
+
+    def same(found: tuple[Tensor, ...]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    assert same(torch.autograd.grad(swiglu(gate, up), (gate, up), grad.t().contiguous().t()))
+    output = swiglu(gate, up)
+    with _Listener() as listener:
+        assert same(torch.autograd.grad(output, (gate, up), grad))
+    assert "mmfast.swiglu_bwd.default" in listener.heard
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.double(), lambda x: x.float().t().contiguous().t()):
+        output = swiglu(gate, up)
+    assert same(torch.autograd.grad(output, (gate, up), grad))
+    output = torch.utils.checkpoint.checkpoint(swiglu, gate, up, use_reentrant=False)
+    assert same(torch.autograd.grad(output, (gate, up), grad))
+    output = swiglu(gate, up)
+    (gradient,) = torch.autograd.grad(output, gate, grad.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_calls_that_are_not_packed_do_as_explain_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,17 +382,21 @@ def test_calls_that_are_not_packed_do_as_explain_says(monkeypatch: pytest.Monkey
     def refers(gate: Tensor, up: Tensor) -> bool:
         return torch.equal(swiglu(gate, up), F.silu(gate) * up) and "runs on: reference" in explain(swiglu, gate, up)
 
-    assert refers(gate, up)  # autograd is on
-    with torch.no_grad():
+    for trained in (False, True):
+        gate.requires_grad_(trained)
         assert refers(*torch.cat((gate, up), 1).chunk(2, 1))
         assert refers(gate.double(), up.double())
         assert refers(gate[:1, :16], up[:1, :16])
         with use_backend("reference"):
             assert refers(gate, up)
-        assert torch.equal(torch.func.vmap(swiglu)(gate, up), F.silu(gate) * up)
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(gate, torch.ones_like(gate))
-            tangent = torch.autograd.forward_ad.unpack_dual(swiglu(dual, up)).tangent
+    gate.requires_grad_(False)
+    assert torch.equal(torch.func.vmap(swiglu)(gate, up), F.silu(gate) * up)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: swiglu(x, up).sum())(gate), torch.func.grad(lambda x: reference(x, up).sum())(gate)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(gate, torch.ones_like(gate))
+        tangent = torch.autograd.forward_ad.unpack_dual(swiglu(dual, up)).tangent
     torch.testing.assert_close(tangent, torch.func.jvp(F.silu, (gate,), (torch.ones_like(gate),))[1] * up)
 
 

@@ -37,6 +37,7 @@ WRITES = {
     "dropout_cpu": "out",
     "gated_cross_attention_bwd_cpu": "grad_query grad_key grad_value",
     "gated_cross_attention_fwd_cpu": "out lse",
+    "gated_residual_bwd_cpu": "grad_y grad_gate",
     "gated_residual_fwd_cpu": "out",
     "int8_dequantize_cpu": "out",
     "int8_linear_cpu": "out",
