@@ -16,6 +16,7 @@ from mmfast.ops.mixture_adapter import ACTIVATIONS, mixture_adapter, reference
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DROPPED = "mmfast, dropout 0.1"
+EAGER_DROPPED = "eager, dropout 0.1"
 
 
 class Shape(NamedTuple):
@@ -100,10 +101,15 @@ def dense(up: Tensor, groups: int) -> Tensor:
     return torch.cat([F.pad(part, (g * seen, (groups - 1 - g) * seen)) for g, part in enumerate(parts)], -2)
 
 
-def per_expert(shape: Shape, *given: Any) -> Tensor:
+def hidden(shape: Shape, t: Tensors, dropout: float) -> Tensor:
+    h = ACTIVATIONS[shape.activation](F.linear(t.x, t.down.to(shape.dtype), t.down_bias.to(shape.dtype)))
+    return F.dropout(h, dropout) if dropout else h
+
+
+def per_expert(shape: Shape, *given: Any, dropout: float = 0.0) -> Tensor:
     """A dense linear for each expert."""
     t, dtype = Tensors(*given), shape.dtype
-    h = ACTIVATIONS[shape.activation](F.linear(t.x, t.down.to(dtype), t.down_bias.to(dtype)))
+    h = hidden(shape, t, dropout)
     weights = [None] * shape.experts if t.router is None else t.router.to(dtype).unbind(1)
     y = t.x
     for up, bias, weight in zip(dense(t.up.to(dtype), shape.groups), t.up_bias.to(dtype), weights, strict=True):
@@ -112,13 +118,13 @@ def per_expert(shape: Shape, *given: Any) -> Tensor:
     return y
 
 
-def merged(shape: Shape, *given: Any) -> Tensor:
+def merged(shape: Shape, *given: Any, dropout: float = 0.0) -> Tensor:
     """The experts of each sample merged into one dense update: the fastest of these."""
     t, dtype = Tensors(*given), shape.dtype
     if t.router is None:
-        return per_expert(shape, *given)
+        return per_expert(shape, *given, dropout=dropout)
     router = t.router.to(dtype)
-    h = ACTIVATIONS[shape.activation](F.linear(t.x, t.down.to(dtype), t.down_bias.to(dtype)))
+    h = hidden(shape, t, dropout)
     up = dense((router @ t.up.to(dtype).flatten(1)).view(shape.samples, shape.features, -1), shape.groups)
     return t.x + torch.baddbmm((router @ t.up_bias.to(dtype))[:, None], h, up.transpose(1, 2))
 
@@ -136,16 +142,20 @@ def cases(device: str, quick: bool) -> Iterator[harness.Case]:
             works = device == "cuda" or shape.dtype == FP32 or mode == "forward"
             lavin = {"LaVIN (convolutions)": partial(convolutions, shape)} if works else {}
             # As in a training step of LaVIN.
-            dropped = {DROPPED: partial(_adapter, shape.activation, 0.1)} if shape.tokens > 1 else {}
+            dropped: dict[str, Any] = {EAGER_DROPPED: partial(eager, dropout=0.1)}
+            dropped |= {DROPPED: partial(_adapter, shape.activation, 0.1)}
             yield harness.Case(
                 op="mixture_adapter",
                 name=str(shape),
                 mode=mode,
                 arguments=partial(arguments, shape, device),
-                providers=providers | lavin | dropped | harness.ours("mixture_adapter", adapter, device),
+                providers=providers
+                | lavin
+                | (dropped if shape.tokens > 1 else {})
+                | harness.ours("mixture_adapter", adapter, device),
                 # Where z is rounded to 16 bits, as in eager forms, the slope of relu is another one for some z near 0.
                 limit=1e-4 if shape.dtype == FP32 else 5e-2,
-                limits={DROPPED: math.inf},
+                limits=dict.fromkeys(dropped, math.inf),
                 bytes={"forward": 2, "backward": 3, "both": 5}[mode]
                 * shape.samples
                 * shape.tokens

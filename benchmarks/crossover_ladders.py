@@ -214,8 +214,8 @@ LADDERS = (
     Ladder(
         "resampler_attention",
         "16-bit matrix forward",
-        25,
-        31,
+        20,
+        27,
         _resampler_attention,
         HALVES,
         fits=only_reference_has_matrix,

@@ -126,10 +126,55 @@ PyObject* fits(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* overheard(PyObject*, PyObject*) { return PyBool_FromLong(mmfast::dlpack::overheard()); }
 
+PyObject* labelled(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  const long long ignore_index = count == 4 ? PyLong_AsLongLong(arguments[3]) : 0;
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "labelled(hidden, weight, labels, ignore_index)");
+  if (PyErr_Occurred()) return nullptr;
+  return PyLong_FromLongLong(mmfast::dlpack::labelled(arguments, ignore_index));
+}
+
+std::optional<mmfast::TensorView> view_of(PyObject* object) {
+  const auto tensor = mmfast::dlpack::read(object);
+  return tensor ? tensor->view() : std::nullopt;
+}
+
+// (x, weight, bias or None, out, threads) -> whether out = x Wᵀ + bias was made: it is where x and out are a packed row
+// each and the kernel finds nothing wrong. The weight is an NF4Weight or an Int8Weight of mmfast.ops, which are tuples.
+PyObject* quantized_linear_row(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 5 || !PyTuple_Check(arguments[1]))
+    return PyErr_Format(PyExc_TypeError, "quantized_linear_row(x, weight, bias, out, threads)");
+  auto x = view_of(arguments[0]), bias = view_of(arguments[2]), out = view_of(arguments[3]);
+  const int threads = static_cast<int>(PyLong_AsLong(arguments[4]));
+  if (PyErr_Occurred()) return nullptr;
+  std::vector<mmfast::TensorView> weight;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[1]); ++i)
+    if (auto part = view_of(PyTuple_GET_ITEM(arguments[1], i))) weight.push_back(*std::move(part));
+  const auto as_row = [](mmfast::TensorView& view) {
+    if (view.dim() == 0 || view.size(view.dim() - 1) != view.numel() || !view.is_contiguous()) return false;
+    view.shape = {1, view.numel()}, view.strides = {view.numel(), 1};
+    return true;
+  };
+  if (!x || !out || !as_row(*x) || !as_row(*out) || (!bias && arguments[2] != Py_None)) Py_RETURN_FALSE;
+  if (weight.size() < 2) Py_RETURN_FALSE;
+  try {
+    const py::gil_scoped_release release;
+    if (weight[0].dtype == mmfast::DType::u8)
+      mmfast::nf4_linear_cpu(*x, std::move(weight), bias, *out, threads);
+    else
+      mmfast::int8_linear_cpu(*x, weight[0], weight[1], bias, *out, threads);
+  } catch (const std::exception&) {
+    Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 PyMethodDef FAST[] = {
     {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits<false>)), METH_FASTCALL, nullptr},
     {"packed", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits<true>)), METH_FASTCALL, nullptr},
     {"overheard", overheard, METH_NOARGS, nullptr},
+    {"labelled", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(labelled)), METH_FASTCALL, nullptr},
+    {"quantized_linear_row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantized_linear_row)),
+     METH_FASTCALL, nullptr},
     {},
 };
 
@@ -146,7 +191,11 @@ struct type_caster<mmfast::TensorView> {
   // By the C API: what pybind11 casts a tuple with takes as long as a small kernel.
   bool load(handle source, bool) {
     PyObject* fields = source.ptr();
-    if (const auto tensor = mmfast::dlpack::read(fields)) return load_tensor(*tensor);
+    if (const auto tensor = mmfast::dlpack::read(fields)) {
+      auto view = tensor->view();
+      if (view) value = *std::move(view);
+      return view.has_value();
+    }
     object described;
     if (!PyTuple_Check(fields) && mmfast::dlpack::describe) {
       described = reinterpret_steal<object>(PyObject_CallOneArg(mmfast::dlpack::describe, fields));
@@ -159,16 +208,6 @@ struct type_caster<mmfast::TensorView> {
         read(PyTuple_GET_ITEM(fields, 2), value.shape) && read(PyTuple_GET_ITEM(fields, 3), value.strides);
     if (PyErr_Occurred()) throw error_already_set();
     return found;
-  }
-
-  bool load_tensor(const mmfast::dlpack::Tensor& tensor) {
-    const auto dtype = tensor.dtype();
-    if (!dtype || tensor.device_type != mmfast::dlpack::CPU) return false;
-    value = {static_cast<char*>(tensor.data) + tensor.byte_offset,
-             *dtype,
-             {tensor.shape, tensor.shape + tensor.dims},
-             {tensor.strides, tensor.strides + tensor.dims}};
-    return true;
   }
 
   static bool read(PyObject* numbers, std::vector<int64_t>& into) {

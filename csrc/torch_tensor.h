@@ -49,6 +49,13 @@ struct Tensor {
     return product;
   }
 
+  // What kernels take; none if they have no such dtype, or it is on another device.
+  std::optional<TensorView> view() const {
+    const auto known = dtype();
+    if (!known || device_type != CPU) return std::nullopt;
+    return TensorView{static_cast<char*>(data) + byte_offset, *known, {shape, shape + dims}, {strides, strides + dims}};
+  }
+
   bool is_contiguous() const {
     int64_t expected = 1;
     for (int32_t i = dims - 1; i >= 0; --i) {
@@ -189,6 +196,22 @@ inline int64_t fits(std::string_view pattern, PyObject* const* objects, Py_ssize
     if (packed && (!tensor->is_contiguous() || (word.starts_with('*') && *dtype > DType::bf16))) return -1;
   }
   return sizes.product(counted);
+}
+
+// What `fits` counts for linear_cross_entropy's hidden states, weight and labels, if one of these is not ignored: over no
+// row PyTorch's mean is NaN. Else -1.
+inline int64_t labelled(PyObject* const* tensors, int64_t ignore_index) {
+  const int64_t work = fits("*tvh *th vh= *t#", tensors, 3, false);
+  const auto labels = work > 0 ? read(tensors[2]) : std::nullopt;
+  if (!labels) return -1;
+  const auto* first = reinterpret_cast<const int64_t*>(static_cast<const char*>(labels->data) + labels->byte_offset);
+  for (int64_t row = labels->numel() - 1; row >= 0; --row) {
+    int64_t offset = 0, rest = row;
+    for (int32_t i = labels->dims - 1; i >= 0; rest /= labels->shape[i--])
+      offset += rest % labels->shape[i] * labels->strides[i];
+    if (first[offset] != ignore_index) return work;
+  }
+  return -1;
 }
 
 }  // namespace mmfast::dlpack

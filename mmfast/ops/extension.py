@@ -91,6 +91,24 @@ def overheard() -> Callable[[], bool]:
     return (lambda: True) if found is None else found.overheard
 
 
+@cache
+def labelled() -> Callable[..., int]:
+    """Of (hidden, weight, labels, ignore_index) of linear_cross_entropy: rows · V · H if a check could find nothing and
+    a row has a label; else -1. Without the extension, a function that returns -1.
+    """
+    found, _ = _load()
+    return (lambda *arguments: -1) if found is None else found.labelled
+
+
+@cache
+def quantized_linear_row() -> Callable[..., bool]:
+    """Of (x, weight, bias or None, out, threads): fills out [..., N] with x Wᵀ + bias for one packed row x [..., K] and
+    an NF4Weight or Int8Weight, and says whether it did: not if anything is wrong, nor without the extension.
+    """
+    found, _ = _load()
+    return (lambda *arguments: False) if found is None else found.quantized_linear_row
+
+
 def has_amx() -> bool:
     """Whether the C++ kernels multiply bfloat16 in AMX tiles here."""
     found, _ = _load()

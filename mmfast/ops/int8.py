@@ -334,4 +334,4 @@ def int8_linear(x: Tensor, q: Int8Weight, bias: Tensor | None = None, *, backend
         ValueError, TypeError: an argument is wrong.
         BackendUnavailable: the backend asked for cannot run this call.
     """
-    return quantized_linear.run(LINEAR, x, q, bias, backend)
+    return quantized_linear.run(LINEAR, Int8Weight, x, q, bias, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +22,12 @@ NONE_IGNORED = -(2**63)
 
 # What rows · V · H must come to before the steps on the host cost less than they save.
 LEAST = crossovers.CPU.cpu("linear_cross_entropy")
+
+# Of a small call, by names of their own: to look them up in a package, with caches cold, takes longer than it can win
+# back, and so does what F.cross_entropy asks before it calls this one.
+_linear, _labelled = F.linear, extension.labelled
+_cross_entropy: Callable[..., Tensor] = torch._C._nn.cross_entropy_loss
+_is_compiling, _is_autocast = torch.compiler.is_dynamo_compiling, torch._C._is_any_autocast_enabled
 
 # So many bytes of logits exist at a time: 512 rows of 32000 float32 logits, enough for efficient matrix products.
 WORKSPACE_BYTES = 64 * 2**20
@@ -405,16 +410,13 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mean(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """`reference` on a CPU, for the mean: PyTorch's own, which is NaN over no row."""
-    logits, targets = F.linear(hidden, weight), labels
+    """`reference` on a CPU, for the mean over some rows: PyTorch's own."""
+    logits = _linear(hidden, weight)
+    if logits.dtype != torch.float32:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.dim() > 1:
-        logits, targets = logits.flatten(0, -2), labels.flatten()
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index)
-    if math.isnan(loss.item()):
-        return reference(hidden, weight, labels, ignore_index)  # type: ignore[return-value]
-    return loss
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+    return _cross_entropy(logits, labels, None, 1, ignore_index, 0.0)
 
 
 def linear_cross_entropy(
@@ -459,11 +461,14 @@ def linear_cross_entropy(
     Numerics: logits and their gradient are rounded to the dtype of `hidden`, as in eager PyTorch; between them all
     is fp32, and so is the sum of the gradient of `weight` over chunks. Deterministic.
     """
-    if reduction == "mean" and not (ignore_index is None or label_smoothing or return_accuracy):
-        # What `check` and `OP.select` would find, in less time than a small call takes.
-        work = backends.fits(backend, "*tvh *th vh= *t#", hidden, weight, labels)
-        if 0 < work < LEAST["work"] and not torch._C._is_any_autocast_enabled():
-            return _mean(hidden, weight, labels, ignore_index)
+    # What `check` and `OP.select` would find, in less time than a small call takes.
+    if (
+        reduction == "mean"
+        and not (ignore_index is None or label_smoothing or return_accuracy or backend or backends._requested)
+        and not (_is_compiling() or _is_autocast())
+        and 0 < _labelled()(hidden, weight, labels, ignore_index) < LEAST["work"]
+    ):
+        return _mean(hidden, weight, labels, ignore_index)
     call = check(
         hidden,
         weight,

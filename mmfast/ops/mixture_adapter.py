@@ -268,11 +268,12 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return (Size(_key(call.x, call.differentiated), call.x.numel(), "x has {} elements"),)
 
 
-def _product_dtype(call: Call) -> torch.dtype | None:
+def _product_dtype(x: Tensor, ranks: int, differentiated: bool) -> torch.dtype:
     """That of the reference: with many ranks its products are made in 16 bits, where these are fast."""
-    rows = call.x.shape[:-1].numel()
-    many = call.ranks > CPU_RANKS and rows >= CPU_16_BIT_ROWS
-    return call.x.dtype if many and not products.is_slow(call.x.dtype, rows, grad=call.differentiated) else None
+    rows = x.shape[:-1].numel()
+    if ranks > CPU_RANKS and rows >= CPU_16_BIT_ROWS and not products.is_slow(x.dtype, rows, grad=differentiated):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _triton_cannot(call: Call, machine: Machine) -> str | None:
@@ -325,6 +326,43 @@ def _is_small_float32(
         and activation in ACTIVATIONS
         and not torch._C._is_any_autocast_enabled()
     )
+
+
+def _has_many_ranks(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    backend: str | None,
+) -> bool:
+    """Whether `check` could find nothing, and `_cpu_avoids` would leave to the reference, a call of one expert without
+    a router."""
+    return (
+        backends.fits(backend, "*bh *bh rh r? 1hr 1h?", x, down_weight, down_bias, up_weight, up_bias) >= 0
+        and down_weight.shape[0] > CPU_RANKS
+        and activation in ACTIVATIONS
+        and not torch._C._is_any_autocast_enabled()
+    )
+
+
+def _of_one_expert(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    scale: float,
+    activation: str,
+) -> Tensor:
+    """`reference` of one expert without a router; without gradients x is added where the update lies."""
+    dtype = _product_dtype(x, down_weight.shape[0], torch.is_grad_enabled())
+    wide, down_bias = x.to(dtype), None if down_bias is None else down_bias.to(dtype)
+    h = ACTIVATIONS[activation](F.linear(wide, down_weight.to(dtype), down_bias))
+    update = _single(h, up_weight.to(dtype), None if up_bias is None else up_bias.to(dtype))
+    in_place = scale == 1 and not update.requires_grad
+    return (update.add_(wide) if in_place else products.add_scaled(wide, update, scale)).to(x.dtype)
 
 
 OP = Op(
@@ -383,13 +421,13 @@ def mixture_adapter(
 
     Source: Luo et al., "Cheap and Quick" (arXiv 2305.15023): see `reference`.
     """
-    if (
-        router is None
-        and not dropout
-        and _is_small_float32(x, down_weight, down_bias, up_weight, up_bias, activation, backend)
-    ):
-        h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
-        return products.add_scaled(x, _single(h, up_weight, up_bias), scale)
+    if router is None and not dropout:
+        tensors = x, down_weight, down_bias, up_weight, up_bias
+        if _is_small_float32(*tensors, activation, backend):
+            h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
+            return products.add_scaled(x, _single(h, up_weight, up_bias), scale)
+        if _has_many_ranks(*tensors, activation, backend):
+            return _of_one_expert(*tensors, scale, activation)
     arguments = x, down_weight, down_bias, up_weight, up_bias, router
     if not dropout and _is_small(*arguments, activation, backend):
         return backends.checked_late(_reference, check, *arguments, scale, dropout, activation)
@@ -399,7 +437,7 @@ def mixture_adapter(
     seed = dropouts.draw_seed(call.device) if threshold else None
     if chosen == "reference":
         dropout_ = None if seed is None else Dropout(seed, threshold)
-        return reference(*arguments, scale, dropout_, activation, _product_dtype(call))
+        return reference(*arguments, scale, dropout_, activation, _product_dtype(x, call.ranks, call.differentiated))
     downs = 1 if down_weight.dim() == 2 else down_weight.shape[0]
     groups = down_weight.shape[-2] // up_weight.shape[-1]
     with torch.autocast(x.device.type, enabled=False):

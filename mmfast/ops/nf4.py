@@ -466,4 +466,4 @@ def nf4_linear(x: Tensor, q: NF4Weight, bias: Tensor | None = None, *, backend: 
         ValueError, TypeError: an argument is wrong.
         BackendUnavailable: the backend asked for cannot run this call.
     """
-    return quantized_linear.run(LINEAR, x, q, bias, backend)
+    return quantized_linear.run(LINEAR, NF4Weight, x, q, bias, backend)

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, products, weights
+from mmfast.ops import backends, extension, products, weights
 from mmfast.ops.backends import Backend, Machine, Op
 from mmfast.ops.weights import QuantizedWeight
+
+# Of a small call, by names of their own: to look them up in a package, with caches cold, takes a part of its time.
+_cpu_row = extension.quantized_linear_row
+_is_compiling, _is_autocast = torch.compiler.is_dynamo_compiling, torch._C._is_any_autocast_enabled
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -161,8 +165,32 @@ class _QuantizedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None, *(None for _ in weight)
 
 
-def run(op: Op, x: Tensor, q: QuantizedWeight, bias: Tensor | None, backend: str | None) -> Tensor:
-    """The body of `nf4_linear` and `int8_linear`."""
+def _row(x: Tensor, q: Any, bias: Tensor | None, form: type[Any]) -> Tensor | None:
+    """The result for one row on a CPU without gradients, if nothing is wrong and nobody listens; else None.
+
+    What `OP.check`, `OP.select` and `_FWD` would find and do, in less time than F.linear takes with a small weight.
+    """
+    if (
+        _is_compiling()
+        or backends._requested
+        or type(x) not in backends._PLAIN
+        or type(q) is not form
+        or x.shape[:-1].numel() != 1
+        or not x.is_cpu
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or _is_autocast()
+        or extension.overheard()()
+    ):
+        return None
+    out = x.new_empty((*x.shape[:-1], q[0].shape[0]))
+    return out if _cpu_row()(x, q, bias, out, torch.get_num_threads()) else None
+
+
+def run(op: Op, form: type[Any], x: Tensor, q: QuantizedWeight, bias: Tensor | None, backend: str | None) -> Tensor:
+    """The body of `nf4_linear` and `int8_linear`, whose weights are of the class `form`."""
+    out = None if backend else _row(x, q, bias, form)
+    if out is not None:
+        return out
     call = op.check(x, q, bias)
     chosen = op.select(call, backends.machine(call.device), backend)
     if chosen == "reference":

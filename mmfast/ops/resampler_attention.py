@@ -323,6 +323,36 @@ class _ResamplerAttention(torch.autograd.Function):
         return (*(next(found) if need else None for need in needs), None, None, None)
 
 
+def _without_gradients(
+    query: Tensor,
+    media_key: Tensor,
+    media_value: Tensor,
+    latent_key: Tensor | None,
+    latent_value: Tensor | None,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor | None:
+    """The result on a CPU, if nothing is wrong, nobody listens and C++ can take it; else None.
+
+    What `check`, `OP.select` and `_FWD` would find and do, in less time than they take of a small call.
+    """
+    keys = media_key, media_value, latent_key, latent_value
+    if (
+        backends.fits(backend, "bhqd bhqd bhnd= bhnd= bhld=? bhld=?", query, *keys) <= 0
+        or (latent_key is None) != (latent_value is None)
+        or query.dtype == torch.float64
+        or torch._C._is_any_autocast_enabled()
+        or extension.overheard()()
+    ):
+        return None
+    if _work(query, media_key, latent_key) < LEAST[_key(query.dtype, False, "cpu")]:
+        return reference(query, *keys, None, scale)
+    dim = query.size(3)
+    if dim > MOST_DIM["cpu"] or any(x is not None and x.stride(3) != 1 for x in (query, *keys)):
+        return None
+    return _fwd_cpu(query, *keys, None, dim**-0.5 if scale is None else scale)[0]
+
+
 def resampler_attention(
     query: Tensor,
     media_key: Tensor,
@@ -360,6 +390,10 @@ def resampler_attention(
     Numerics: scores, weights and sums in fp32 on the CPU; on a GPU and in AMX tiles the weights are rounded to 16 bits
     before a 16-bit product, as everywhere. Deterministic, on any number of threads.
     """
+    if media_mask is None and not torch.is_grad_enabled():
+        out = _without_gradients(query, media_key, media_value, latent_key, latent_value, scale, backend)
+        if out is not None:
+            return out
     arguments = query, media_key, media_value, latent_key, latent_value, media_mask, scale
     if _is_small(*arguments[:6], backend):
         return backends.checked_late(reference, check, *arguments)

@@ -492,7 +492,10 @@ def test_small_calls_give_what_the_reference_gives(
     dtype: torch.dtype, leading: tuple[int, ...], labelled: bool
 ) -> None:
     hidden, weight, labels = example(leading, 64, 512, dtype=dtype)
-    labels = labels if labelled else torch.full_like(labels, -100)
+    if not labelled:
+        labels = torch.full_like(labels, -100)
+    elif len(leading) > 1:  # a part of longer rows
+        labels = F.pad(labels, (1, 0))[:, 1:]
     ours, expected = (results(function, hidden, weight, labels) for function in (linear_cross_entropy, reference))
     for found, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(
@@ -502,6 +505,20 @@ def test_small_calls_give_what_the_reference_gives(
         assert not any(found.any() for found in ours)
     with pytest.raises(IndexError):
         linear_cross_entropy(hidden, weight, torch.full_like(labels, 512))
+
+
+def test_what_a_small_call_is_asked() -> None:
+    hidden, weight, labels = example((4, 5), 64, 512)
+    work = extension.labelled()
+    last = torch.full_like(labels, -100)
+    last[0, 0] = 3
+    assert work(hidden, weight, labels, -100) == work(hidden, weight, last.t().contiguous().t(), -100) == 20 * 512 * 64
+    assert work(hidden, weight, last, 3) == 20 * 512 * 64
+    assert work(hidden, weight, torch.full_like(labels, 3), 3) == -1  # no row has a label
+    assert work(hidden, weight, labels.int(), -100) == work(hidden, weight.double(), labels, -100) == -1
+    assert work(hidden, weight, labels.flatten(), -100) == work(hidden, weight[:, 1:], labels, -100) == -1
+    with pytest.raises(TypeError):
+        work(hidden, weight, labels, "none")
 
 
 def test_explain_and_impossible_requests() -> None:

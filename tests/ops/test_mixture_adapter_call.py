@@ -202,13 +202,34 @@ def test_impossible_request(tensors: Tensors, on: Machine, request_: str, reason
 
 
 def test_products_of_many_ranks_are_made_in_16_bits_where_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    many, few = sized(1, 512, 128, ranks=64, dtype=BF16), sized(1, 512, 128, dtype=BF16)
+    x, one_row = torch.zeros(1, 512, 128, dtype=BF16), torch.zeros(1, 2, 128, dtype=BF16)
     monkeypatch.setattr(products, "_has_products", lambda dtype: True)
-    assert _product_dtype(call(many)) == BF16
-    assert _product_dtype(call(few)) is None
-    assert _product_dtype(call(sized(1, 2, 128, ranks=64, dtype=BF16))) is None
+    assert _product_dtype(x, 64, False) == BF16
+    assert _product_dtype(x, 8, False) == _product_dtype(one_row, 64, False) == torch.float32
+    assert _product_dtype(x.double(), 64, False) == torch.float64
     monkeypatch.setattr(products, "_has_products", lambda dtype: dtype == torch.float32)
-    assert _product_dtype(call(many)) is None
+    assert _product_dtype(x, 64, False) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("shape", [(1, 70, 32), (5, 32), (90, 3, 32)])
+def test_one_expert_of_many_ranks_gives_what_the_reference_gives(
+    dtype: torch.dtype, scale: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = some(Form(shape, CPU_RANKS + 4, 1, 1, activation="relu"), dtype)
+    before = tensors["x"].clone()  # type: ignore[union-attr]
+    wanted = run(mixture_adapter, tensors, NAMES, scale, 0.0, "relu", backend="reference")
+    small = sys.modules[OP.check.__module__]
+    monkeypatch.setitem(small.LEAST, "32-bit forward", 0)
+    monkeypatch.setitem(small.LEAST, "32-bit backward", 0)
+    monkeypatch.setattr(small, "check", None)  # the call goes by it
+    found = run(mixture_adapter, tensors, NAMES, scale, 0.0, "relu")
+    assert found.keys() == wanted.keys()
+    without = mixture_adapter(*tensors.values(), scale, 0.0, "relu")  # type: ignore[arg-type]
+    for actual, expected in [*((found[name], wanted[name]) for name in found), (without, wanted["y"])]:
+        torch.testing.assert_close(actual, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    assert torch.equal(tensors["x"], before)  # type: ignore[arg-type]
 
 
 def test_explain() -> None:
@@ -243,6 +264,16 @@ def test_a_small_call_gives_what_a_large_one_would(form: Form) -> None:
         atol=1e-4,
         check_dtype=False,
     )
+
+
+@pytest.mark.parametrize("name", NAMES[1:5])
+def test_a_small_call_of_one_expert_takes_parameters_of_any_dtype(name: str) -> None:
+    tensors = some(Form((1, 3, 32), 4, 1, 1, activation="relu"))
+    tensors[name] = tensors[name].bfloat16()  # type: ignore[union-attr]
+    found, wanted = (
+        run(mixture_adapter, tensors, NAMES, 0.7, 0.0, "relu", backend=backend) for backend in (None, "reference")
+    )
+    torch.testing.assert_close(found, wanted)
 
 
 # ---- what is refused

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from op_cases import BACKENDS, DTYPES, INTERPRETED_DTYPES, KERNELS, assert_as_near, dtypes_of
 from torch import Tensor
 
-from mmfast.ops import BackendUnavailable, explain, extension, products, resampler_attention, use_backend
+from mmfast.ops import BackendUnavailable, crossovers, explain, extension, products, resampler_attention, use_backend
 from mmfast.ops.backends import Machine
-from mmfast.ops.resampler_attention import OP, check, reference
+from mmfast.ops.resampler_attention import LEAST, OP, check, reference
 
 # The module, which the function of the same name hides as an attribute of mmfast.ops.
 op_module = importlib.import_module("mmfast.ops.resampler_attention")
@@ -325,6 +325,45 @@ def test_autocast_casts_as_attention_does(backend: str) -> None:
     assert torch.equal(found, resampler_attention(*half, backend=backend))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+def test_without_gradients_the_result_is_the_same(
+    shape: tuple[Any, ...], dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in LEAST:
+        monkeypatch.setitem(LEAST, key, 0 if chosen == "cpu" else crossovers.NEVER)
+    tensors = inputs(shape, dtype)
+    with torch.no_grad():
+        expected = [resampler_attention(*tensors, scale=scale, backend=chosen) for scale in (None, 0.3)]
+        if tensors[1].numel():
+            monkeypatch.setattr(op_module, "check", None)  # the call goes by it
+        found = [resampler_attention(*tensors, scale=scale) for scale in (None, 0.3)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_else_is_taken_for_such_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in LEAST:
+        monkeypatch.setitem(LEAST, key, 0)
+    ran: list[Any] = []
+    monkeypatch.setattr(op_module, "_fwd_cpu", lambda *arguments: ran.append(arguments))
+    query, key, value, *_ = tensors = inputs((1, 2, 6, 6, None, 8))
+    across = key.contiguous().transpose(2, 3).contiguous().transpose(2, 3)  # the last stride is not 1
+    resampler_attention(query, across, value)
+    resampler_attention(*(None if x is None else x.double() for x in tensors))  # type: ignore[arg-type]
+    resampler_attention(*tensors, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resampler_attention(*tensors).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="latent_key is given alone"):
+        resampler_attention(query, key, value, key)
+    with pytest.raises(ValueError, match="media_key is"):
+        resampler_attention(query, key[:, :1], value)
+    with pytest.raises(TypeError, match="expected one dtype"):
+        resampler_attention(query, key.bfloat16(), value)
+    assert ran == []
+
+
 def test_outputs_lie_as_projections_take_them() -> None:
     tensors = inputs((2, 3, 4, 9, 5, 8))
     for found in run(resampler_attention, tensors, backend="cpu"):
@@ -381,7 +420,7 @@ def test_the_reference_keeps_what_its_matrix_instructions_win(amx: bool, monkeyp
     monkeypatch.setattr(extension, "has_amx", lambda: amx)
     monkeypatch.setattr(products, "multiplies_16_bit", lambda dtype, backend: True)
     for dtype, chosen in ((torch.bfloat16, "cpu" if amx else "reference"), (torch.float16, "reference")):
-        assert OP.select(call(dtype=dtype), Machine("cpu"), None) == chosen
+        assert OP.select(call(media=300, dtype=dtype), Machine("cpu"), None) == chosen
     monkeypatch.setattr(products, "multiplies_16_bit", lambda dtype, backend: False)
     assert OP.select(call(), Machine("cpu"), None) == "cpu"
 
