@@ -68,6 +68,10 @@ void rms_norm_bwd_cpu(TensorView grad_y, std::optional<TensorView> grad_sum, Ten
 
 void rope_cpu(std::vector<TensorView> from, TensorView cos, TensorView sin, std::vector<TensorView> to, bool adjoint,
               int threads);
+void flash_attention_bwd_cpu(TensorView grad_out, TensorView query, TensorView out, TensorView lse, TensorView key,
+                             TensorView value, bool causal, float scale, std::optional<TensorView> grad_query,
+                             std::optional<TensorView> grad_key, std::optional<TensorView> grad_value, int threads,
+                             int vector_bits);
 void gated_cross_attention_fwd_cpu(TensorView query, TensorView key, TensorView value, TensorView text_time,
                                    int64_t media_length, float scale, bool only_latest, TensorView out, TensorView lse,
                                    int vector_bits, int threads);
@@ -302,6 +306,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_cpu", &mmfast::rope_cpu, py::arg("from"), py::arg("cos"), py::arg("sin"), py::arg("to"),
         py::arg("adjoint"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
+  m.def("flash_attention_bwd_cpu", &mmfast::flash_attention_bwd_cpu, py::arg("grad_out"), py::arg("query"),
+        py::arg("out"), py::arg("lse"), py::arg("key"), py::arg("value"), py::arg("causal"), py::arg("scale"),
+        py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("threads"),
+        py::arg("vector_bits") = mmfast::TILE_BITS, py::call_guard<py::gil_scoped_release>());
   m.def("gated_cross_attention_fwd_cpu", &mmfast::gated_cross_attention_fwd_cpu, py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("text_time"), py::arg("media_length"), py::arg("scale"), py::arg("only_latest"),
         py::arg("out"), py::arg("lse"), py::arg("vector_bits"), py::arg("threads"),

@@ -67,7 +67,12 @@ struct Loops {
   }
 
   template <typename T>
-  MMFAST_INLINE static void store(const float* from, int64_t dim, float factor, T* to) {
+  MMFAST_INLINE static void store(const float* from, int64_t dim, float factor, T* to, bool add = false) {
+    if (add) {
+#pragma omp simd
+      for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(to_float(to[d]) + from[d] * factor);
+      return;
+    }
 #pragma omp simd
     for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
   }
@@ -177,7 +182,7 @@ struct Loops {
     float *query = scratch.take(tiles * each), *query_t = scratch.take(tiles * each);
     float *grad = scratch.take(tiles * each), *grad_t = scratch.take(tiles * each);
     float *grad_query = scratch.take(tiles * each), *keys = scratch.take(each), *values = scratch.take(each);
-    float *grad_keys = scratch.take(each), *grad_values = scratch.take(each);
+    float *key_tile = scratch.take(each), *value_tile = scratch.take(each);
     float *weights = scratch.take(TILE * TILE), *slopes = scratch.take(TILE * TILE);
     float *lse = scratch.take(tiles * TILE), *mean = scratch.take(tiles * TILE);
     load_tile<T>(head.query, nullptr, 0, head.queries, tiles * TILE, dim, query);
@@ -201,16 +206,15 @@ struct Loops {
     for (const Segment<T>& segment : head) {
       for (int64_t first = segment.first; first < segment.last; first += TILE) {
         const int64_t count = std::min(TILE, segment.last - first), rows = round_up(count, KEY_BLOCK);
-        const bool need_key = bool(segment.grad_key), need_value = bool(segment.grad_value);
+        const bool need_key = segment.needs_key(), need_value = segment.needs_value();
         if (!need_key && !need_value && !need_query) continue;
-        std::memset(grad_keys, 0, rows * width * sizeof(float));
-        std::memset(grad_values, 0, rows * width * sizeof(float));
+        float* grad_keys = sums_of(segment.key_sums, first, rows, width, key_tile);
+        float* grad_values = sums_of(segment.value_sums, first, rows, width, value_tile);
         if (any_real(segment, first, count)) {
           load_tile(segment.key, &segment, first, count, rows, dim, keys);
           load_tile(segment.value, &segment, first, count, rows, dim, values);
-          for (int64_t t = segment.first_query / TILE; t < tiles; ++t) {
+          for (int64_t t = segment.first_that_sees(first) / TILE; t < tiles; ++t) {
             const int64_t lanes = round_up(std::min(TILE, head.queries - t * TILE));
-            const int64_t blind = std::max<int64_t>(segment.first_query - t * TILE, 0);
             product(keys, width, 1, query_t + t * each, TILE, rows, lanes, dim, weights, TILE, false);
             if (need_key || need_query)
               product(values, width, 1, grad_t + t * each, TILE, rows, lanes, dim, slopes, TILE, false);
@@ -229,6 +233,7 @@ struct Loops {
                 weight[q] = exp_nonpositive(weight[q] - shift[q]);
                 slope[q] = weight[q] * (slope[q] - m[q]);
               }
+              const int64_t blind = std::clamp<int64_t>(segment.first_that_sees(first + n) - t * TILE, 0, lanes);
               std::fill_n(weight, blind, 0.0f);
               std::fill_n(slope, blind, 0.0f);
             }
@@ -241,8 +246,8 @@ struct Loops {
           }
         }
         for (int64_t n = 0; n < count; ++n) {
-          if (need_key) store(grad_keys + n * width, dim, head.scale, segment.grad_key.row(first + n));
-          if (need_value) store(grad_values + n * width, dim, 1.0f, segment.grad_value.row(first + n));
+          if (segment.grad_key) store(grad_keys + n * width, dim, head.scale, segment.grad_key.row(first + n));
+          if (segment.grad_value) store(grad_values + n * width, dim, 1.0f, segment.grad_value.row(first + n));
         }
       }
     }
@@ -260,7 +265,7 @@ struct Loops {
     using Compiled = Loops<LANES_TYPE, ROWS>;                                                               \
     const float* found = Compiled::backward(head, scratch, grad_query || part);                             \
     for (int64_t q = 0; q < head.queries; ++q, found += round_up(head.dim)) {                               \
-      if (grad_query) Compiled::store(found, head.dim, head.scale, grad_query.row(q));                      \
+      if (grad_query) Compiled::store(found, head.dim, head.scale, grad_query.row(q), head.add_query);      \
       if (part) Compiled::store(found, head.dim, head.scale, part + q * head.dim);                          \
     }                                                                                                       \
   }                                                                                                         \

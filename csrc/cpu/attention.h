@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -64,9 +65,17 @@ struct Segment {
   Rows<T> grad_key, grad_value;
   const bool* real = nullptr;  // null: all are
   int64_t first = 0, last = 0;
-  int64_t first_query = 0;  // backward: those before it do not see these keys
+  int64_t first_query = 0;  // backward: those before it do not see these keys...
+  bool causal = false;      // ...nor does query q those after key q, of whole heads
+  // Backward, of whole heads: [keys in whole tiles, width], to which gradients are added; the sums are written to
+  // grad_key and grad_value where these are given too. Null: gradients start from zero.
+  float *key_sums = nullptr, *value_sums = nullptr;
 
   MMFAST_INLINE bool is_real(int64_t n) const { return !real || real[n]; }
+  bool needs_key() const { return grad_key || key_sums; }
+  bool needs_value() const { return grad_value || value_sums; }
+  // The first query that sees key n.
+  MMFAST_INLINE int64_t first_that_sees(int64_t n) const { return first_query + (causal ? n : 0); }
 };
 
 // Queries of one head of one sample, and the keys that one task takes.
@@ -78,6 +87,7 @@ struct Head {
   float scale;
   int64_t queries, dim;  // forward: TILE queries at most
   Rows<const float> lse;
+  bool add_query = false;  // backward: the gradient of the queries is added to what grad_query has
 
   const Segment<T>* begin() const { return segments; }
   const Segment<T>* end() const { return segments + segment_count; }
@@ -97,11 +107,18 @@ struct Scratch {
   }
 };
 
+// Where the gradients of `rows` keys from `first` on are summed: among `sums`, or else in `tile`, cleared.
+inline float* sums_of(float* sums, int64_t first, int64_t rows, int64_t width, float* tile) {
+  if (sums) return sums + first * width;
+  std::memset(tile, 0, rows * width * sizeof(float));
+  return tile;
+}
+
 inline int64_t forward_scratch(int64_t dim) { return 4 * TILE * round_up(dim) + 2 * TILE * TILE + 3 * TILE; }
 
 inline int64_t backward_scratch(int64_t queries, int64_t dim) {
   const int64_t tiles = (queries + TILE - 1) / TILE;
-  return (5 * tiles + 4) * TILE * round_up(dim) + 4 * TILE * TILE + 2 * tiles * TILE;
+  return (5 * tiles + 4) * TILE * round_up(dim) + 8 * TILE * TILE + 2 * tiles * TILE;
 }
 
 // The loops as they are compiled for one kind of CPU.

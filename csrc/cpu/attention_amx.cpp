@@ -91,7 +91,7 @@ MMFAST_AMX void forward(const Head<Bfloat16>& head, Scratch& scratch, Rows<O> ou
       product<false>(keys, width, query, rows, lanes, width, scores, TILE);
       for (int64_t q = 0; q < lanes; q += 32)
         take_in(scores + q, real, rows, factor, largest + q, total + q, shrink + q, weights + q);
-      transpose(weights, rows, lanes, TILE, weights_t);
+      transpose(weights, TILE, rows, lanes, weights_t, TILE);
       for (int64_t q = 0; q < lanes; ++q) {
         if (shrink[q] == 1.0f) continue;
         for (int64_t d = 0; d < width; d += 16)
@@ -109,23 +109,26 @@ MMFAST_AMX void forward(const Head<Bfloat16>& head, Scratch& scratch, Rows<O> ou
   }
 }
 
-// Of scores and the gradients of weights, a tile of 32 queries, the weights and the gradients of scores are made, all
-// [rows, TILE]. The first `blind` queries see none of the keys.
+// Queries whose weights are made before these are multiplied: sums are loaded and stored once for all of them.
+constexpr int64_t QUERIES = 4 * TILE;
+
+// Of scores and the gradients of weights, [rows, BLOCK], the weights and the gradients of scores are made, whose rows lie
+// QUERIES apart. The first `blind` queries do not see the first key; where `causal`, one more for each key after it.
 MMFAST_AMX MMFAST_INLINE void differentiate(const float* scores, const float* grad_weights, uint64_t real, int64_t rows,
-                                            int64_t blind, float factor, const float* lse, const float* mean,
-                                            Bfloat16* weights, Bfloat16* slopes) {
-  const uint32_t sees = ~first_lanes(std::max<int64_t>(blind, 0));
+                                            int64_t blind, bool causal, float factor, const float* lse,
+                                            const float* mean, Bfloat16* weights, Bfloat16* slopes) {
   for (int64_t n = 0; n < rows; ++n) {
+    const uint32_t sees = ~first_lanes(blind + (causal ? n : 0));
     Floats weight[2] = {}, slope[2] = {};
     for (int i = 0; real >> n & 1 && i < 2; ++i) {
       const auto seen = static_cast<__mmask16>(sees >> 16 * i);
-      const Floats score = avx512::load(scores + n * TILE + 16 * i) * factor;
+      const Floats score = avx512::load(scores + n * BLOCK + 16 * i) * factor;
       weight[i] = _mm512_maskz_mov_ps(seen, exp2_nonpositive(score - avx512::load(lse + 16 * i)));
-      const Floats grad = avx512::load(grad_weights + n * TILE + 16 * i);
+      const Floats grad = avx512::load(grad_weights + n * BLOCK + 16 * i);
       slope[i] = _mm512_maskz_mov_ps(seen, weight[i] * (grad - avx512::load(mean + 16 * i)));
     }
-    _mm512_store_si512(weights + n * TILE, rounded(weight[0], weight[1]));
-    _mm512_store_si512(slopes + n * TILE, rounded(slope[0], slope[1]));
+    _mm512_store_si512(weights + n * QUERIES, rounded(weight[0], weight[1]));
+    _mm512_store_si512(slopes + n * QUERIES, rounded(slope[0], slope[1]));
   }
 }
 
@@ -138,20 +141,22 @@ MMFAST_AMX void backward(const Head<Bfloat16>& head, Scratch& scratch, Rows<Bflo
   Bfloat16 *query = take(scratch, tiles * each), *query_t = take(scratch, tiles * each);
   Bfloat16 *grad = take(scratch, tiles * each), *grad_t = take(scratch, tiles * each);
   Bfloat16 *keys = take(scratch, each), *values = take(scratch, each), *packed_keys = take(scratch, each);
-  Bfloat16 *weights = take(scratch, TILE * TILE), *slopes = take(scratch, TILE * TILE);
-  Bfloat16* slopes_t = take(scratch, TILE * TILE);
-  float *scores = scratch.take(TILE * TILE), *grad_weights = scratch.take(TILE * TILE);
-  float *grad_query = scratch.take(tiles * each), *grad_keys = scratch.take(each), *grad_values = scratch.take(each);
+  Bfloat16 *weights = take(scratch, TILE * QUERIES), *slopes = take(scratch, TILE * QUERIES);
+  Bfloat16* slopes_t = take(scratch, QUERIES * TILE);
+  float *scores = scratch.take(TILE * BLOCK), *grad_weights = scratch.take(TILE * BLOCK);
+  float *grad_query = scratch.take(tiles * each), *key_tile = scratch.take(each), *value_tile = scratch.take(each);
   float *lse = scratch.take(tiles * TILE), *mean = scratch.take(tiles * TILE);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = t * TILE;
     const uint64_t real = all(std::min(TILE, head.queries - first));
     load_tile(head.query, real, first, TILE, 0, dim, width, keys);
     pack_folded(keys, TILE, width, query + t * each);
-    pack_transposed(keys, TILE, width, query_t + t * each);
+    for (int64_t q = 0; q < TILE; q += BLOCK)
+      pack_transposed(keys + q * width, BLOCK, width, query_t + t * each + q * width);
     load_tile(head.grad_out, real, first, TILE, 0, dim, width, keys);
     pack_folded(keys, TILE, width, grad + t * each);
-    pack_transposed(keys, TILE, width, grad_t + t * each);
+    for (int64_t q = 0; q < TILE; q += BLOCK)
+      pack_transposed(keys + q * width, BLOCK, width, grad_t + t * each + q * width);
     for (int64_t q = first; q < first + TILE; ++q) {
       float sum = 0.0f;
       if (q < head.queries) {
@@ -165,40 +170,45 @@ MMFAST_AMX void backward(const Head<Bfloat16>& head, Scratch& scratch, Rows<Bflo
   }
   std::memset(grad_query, 0, tiles * each * sizeof(float));
   for (const Keys& segment : head) {
-    const bool need_key = bool(segment.grad_key), need_value = bool(segment.grad_value);
+    const bool need_key = segment.needs_key(), need_value = segment.needs_value();
     if (!need_key && !need_value && !need_query) continue;
     for (int64_t first = segment.first; first < segment.last; first += TILE) {
       const int64_t count = std::min(TILE, segment.last - first), rows = round_up(count);
       const uint64_t real = real_keys(segment, first, count);
-      std::memset(grad_keys, 0, rows * width * sizeof(float));
-      std::memset(grad_values, 0, rows * width * sizeof(float));
+      float* grad_keys = sums_of(segment.key_sums, first, rows, width, key_tile);
+      float* grad_values = sums_of(segment.value_sums, first, rows, width, value_tile);
       if (real) {
         load_tile(segment.key, real, first, rows, segment.last, dim, width, keys);
         load_tile(segment.value, real, first, rows, segment.last, dim, width, values);
         if (need_query) pack_folded(keys, rows, width, packed_keys);
       }
-      for (int64_t t = segment.first_query / TILE; real && t < tiles; ++t) {
-        const int64_t lanes = round_up(std::min(TILE, head.queries - t * TILE));
-        product<false>(keys, width, query_t + t * each, rows, TILE, width, scores, TILE);
-        product<false>(values, width, grad_t + t * each, rows, TILE, width, grad_weights, TILE);
-        for (int64_t q = 0; q < lanes; q += 32)
-          differentiate(scores + q, grad_weights + q, real, rows, segment.first_query - t * TILE - q, factor,
-                        lse + t * TILE + q, mean + t * TILE + q, weights + q, slopes + q);
-        if (need_value) product<true>(weights, TILE, grad + t * each, rows, width, lanes, grad_values, width);
-        if (need_key) product<true>(slopes, TILE, query + t * each, rows, width, lanes, grad_keys, width);
+      for (int64_t q = segment.first_that_sees(first) / TILE * TILE; real && q < head.queries; q += QUERIES) {
+        const int64_t lanes = round_up(std::min(QUERIES, head.queries - q));
+        for (int64_t i = 0; i < lanes; i += BLOCK) {
+          const int64_t from = q + i, blind = segment.first_that_sees(first) - from;
+          product<false>(keys, width, query_t + from * width, rows, BLOCK, width, scores, BLOCK);
+          product<false>(values, width, grad_t + from * width, rows, BLOCK, width, grad_weights, BLOCK);
+          differentiate(scores, grad_weights, real, rows, blind, segment.causal, factor, lse + from, mean + from,
+                        weights + i, slopes + i);
+        }
+        if (need_value) product<true>(weights, QUERIES, grad + q * width, rows, width, lanes, grad_values, width);
+        if (need_key) product<true>(slopes, QUERIES, query + q * width, rows, width, lanes, grad_keys, width);
         if (need_query) {
-          transpose(slopes, rows, lanes, TILE, slopes_t);
-          product<true>(slopes_t, TILE, packed_keys, lanes, width, rows, grad_query + t * each, width);
+          transpose(slopes, QUERIES, rows, lanes, slopes_t, TILE);
+          product<true>(slopes_t, TILE, packed_keys, lanes, width, rows, grad_query + q * width, width);
         }
       }
       for (int64_t n = 0; n < count; ++n) {
-        if (need_key) store_unfolded(grad_keys + n * width, dim, head.scale, segment.grad_key.row(first + n));
-        if (need_value) store_unfolded(grad_values + n * width, dim, 1.0f, segment.grad_value.row(first + n));
+        if (segment.grad_key) store_unfolded(grad_keys + n * width, dim, head.scale, segment.grad_key.row(first + n));
+        if (segment.grad_value) store_unfolded(grad_values + n * width, dim, 1.0f, segment.grad_value.row(first + n));
       }
     }
   }
   for (int64_t q = 0; q < head.queries; ++q) {
-    if (to_query) store_unfolded(grad_query + q * width, dim, head.scale, to_query.row(q));
+    if (to_query && head.add_query)
+      add_unfolded(grad_query + q * width, dim, head.scale, to_query.row(q), to_query.row(q));
+    else if (to_query)
+      store_unfolded(grad_query + q * width, dim, head.scale, to_query.row(q));
     if (part) store_unfolded(grad_query + q * width, dim, head.scale, part + q * dim);
   }
 }

@@ -89,9 +89,9 @@ MMFAST_AMX MMFAST_INLINE void pack_folded(const Bfloat16* x, int64_t rows, int64
       }
 }
 
-// to [columns, rows] = the transpose of x [rows, columns]; the rows of both lie `stride` apart.
-MMFAST_AMX MMFAST_INLINE void transpose(const Bfloat16* x, int64_t rows, int64_t columns, int64_t stride,
-                                        Bfloat16* to) {
+// to [columns, rows] = the transpose of x [rows, columns]
+MMFAST_AMX MMFAST_INLINE void transpose(const Bfloat16* x, int64_t stride, int64_t rows, int64_t columns, Bfloat16* to,
+                                        int64_t to_stride) {
   for (int64_t j = 0; j < columns; j += 32)
     for (int64_t k = 0; k < rows; k += TILE_DEPTH) {
       __m512i first[16], second[16], turned[16];
@@ -99,11 +99,11 @@ MMFAST_AMX MMFAST_INLINE void transpose(const Bfloat16* x, int64_t rows, int64_t
         const Bfloat16* even = x + (k + 2 * i) * stride + j;
         fold(_mm512_loadu_si512(even), _mm512_loadu_si512(even + stride), first + i, second + i);
       }
-      Bfloat16* target = to + j * stride + k;
+      Bfloat16* target = to + j * to_stride + k;
       transpose_pairs(first, turned);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(target + unfolded(i) * stride, turned[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(target + unfolded(i) * to_stride, turned[i]);
       transpose_pairs(second, turned);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(target + (unfolded(i) + 4) * stride, turned[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(target + (unfolded(i) + 4) * to_stride, turned[i]);
     }
 }
 

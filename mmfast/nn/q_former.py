@@ -28,7 +28,8 @@ class _Projections(nn.Module):
         query, key, value = (self._heads(x) for x in (self.query(rows), self.key(states), self.value(states)))
         query = query.expand(key.size(0), -1, -1, -1)
         dropout = self.dropout if self.training else 0.0
-        if self.cross and dropout == 0:
+        # PyTorch's backward of so few rows in 16 bits is slow on a CPU.
+        if dropout == 0 and (self.cross or rows.is_cpu):
             attended = resampler_attention(query, key, value, media_mask=mask)
         else:
             if mask is not None:
@@ -126,7 +127,8 @@ class QFormer(nn.Module):
     rows of text, and its text FFN gets no gradient (transformers gives zeros); it is kept for the checkpoint's sake.
     Queries that all samples share are one copy until they have seen the image. Masks are never made dense.
 
-    In training with attention dropout the cross-attention is PyTorch's, which drops out; else `resampler_attention`.
+    In training with attention dropout attention is PyTorch's, which drops out; else it is `resampler_attention`, the
+    self-attention on a CPU alone.
 
     Args:
         hidden_size: D, of queries and result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,6 @@ MOST_PROMPTS, MOST_DIM, MOST_TRITON_DIM_FP32 = 32, 256, 64
 # Elements of the query, and rows that share a set of prompts (which is packed first), from which the prompts' part is
 # faster on a CPU than in the reference.
 LEAST = crossovers.CPU.cpu("zero_init_attention")
-# Scores of a head up to which PyTorch's 16-bit attention on a CPU is slower backward than scores in memory: with 128
-# words it takes twice as long or more (Intel Xeon with AMX), with 256 less.
-FEW_SCORES = 2**14
 FLASH = SDPBackend.FLASH_ATTENTION.value
 
 
@@ -308,7 +306,7 @@ def _fwd_triton(
         return forward(words, query, prompt_key, prompt_value, act, scale)
 
 
-def _empty_gradients(query: Tensor, prompt_key: Tensor, act: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+def _empty_gradients(query: Tensor, prompt_key: Tensor, act: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """Memory for the gradients of query, prompt_key, prompt_value and act: for those that are needed."""
     need_query, need_key, need_value, need_act = needs
     return [
@@ -317,6 +315,10 @@ def _empty_gradients(query: Tensor, prompt_key: Tensor, act: Tensor, needs: tupl
         prompt_key.new_empty(prompt_key.shape) if need_value else None,
         act.new_empty(act.shape) if need_act else None,
     ]
+
+
+def _like_where(needs: Sequence[bool], *tensors: Tensor) -> list[Tensor | None]:
+    return [torch.empty_like(x) if need else None for x, need in zip(tensors, needs, strict=True)]
 
 
 def _bwd_fake(
@@ -356,6 +358,52 @@ def _bwd_cpu(
     return [gradient for gradient in found if gradient is not None]
 
 
+def _both_bwd_fake(
+    grad: Tensor,
+    words: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    act: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    found = _empty_gradients(query, prompt_key, act, needs[:4]) + _like_where(needs[4:], key, value)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _both_bwd_cpu(
+    grad: Tensor,
+    words: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    act: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    found = _bwd_cpu(grad, query, prompt_key, prompt_value, act, scale, *needs[:4])
+    of_words = _like_where(needs[4:], key, value)
+    extension.module().flash_attention_bwd_cpu(
+        *map(extension.view, (grad, query, words, lse, key, value)),
+        is_causal,
+        scale,
+        *map(extension.optional_view, (found[0] if needs[0] else None, *of_words)),
+        torch.get_num_threads(),
+    )
+    return found + [gradient for gradient in of_words if gradient is not None]
+
+
 def _bwd_triton(
     grad: Tensor,
     query: Tensor,
@@ -388,52 +436,13 @@ _BWD = backends.define(
 )
 
 
-class _FewWords(torch.autograd.Function):
-    """PyTorch's flash attention of few words, bit for bit. Backward makes all of the scores again, in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        words, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
-        ctx.save_for_backward(query, key, value, words, lse)
-        ctx.settings = is_causal, scale
-        return words  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, lse = ctx.saved_tensors
-        is_causal, scale = ctx.settings
-        dtype, group = grad.dtype, tensors[0].shape[1] // tensors[1].shape[1]
-        query, key, value, words = (x.float() for x in tensors)
-        grad = grad.float()
-        if group > 1:
-            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        weights = (query @ key.mT).mul_(scale).sub_(lse[..., None]).exp_()
-        if is_causal:
-            weights = weights.tril_()
-        slopes = (grad @ value.mT).sub_((grad * words).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
-        grads = [slopes @ key, slopes.mT @ query, weights.mT @ grad]
-        if group > 1:
-            grads[1:] = (x.unflatten(1, (-1, group)).sum(2) for x in grads[1:])
-        return *(x.to(dtype) for x in grads), None, None
-
-
-def _words_beside(backend: str, call: Call, scale: float) -> Tensor:
-    """The words' part, by PyTorch's attention; beside the C++ kernels, backward of few words is ours."""
-    query, key, value = call[:3]
-    if (
-        backend == "cpu"
-        and query.element_size() == 2
-        and call.attn_mask is None
-        and query.shape[2] * key.shape[2] <= FEW_SCORES
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in (query, key, value))
-        and not torch.compiler.is_compiling()
-        and torch._fused_sdp_choice(query, key, value, None, 0.0, call.is_causal, scale=scale, enable_gqa=True) == FLASH
-    ):
-        return _FewWords.apply(query, key, value, call.is_causal, scale)
-    return _words(query, key, value, call.attn_mask, call.is_causal, call.scale)
+_BOTH_BWD = backends.define(
+    "zero_init_attention_both_bwd",
+    "(Tensor grad, Tensor words, Tensor lse, Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor act, Tensor "
+    "key, Tensor value, bool is_causal, float scale, bool[] needs) -> Tensor[]",
+    _both_bwd_fake,
+    {"cpu": _both_bwd_cpu},
+)
 
 
 class _AddPrompts(torch.autograd.Function):
@@ -470,6 +479,53 @@ class _AddPrompts(torch.autograd.Function):
         return grad, *gradients, None, None
 
 
+class _Both(torch.autograd.Function):
+    """PyTorch's flash attention to the words, bit for bit, and the prompts' part. Saves what flash attention saves, the
+    prompts and `act`; backward is ours for both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        act: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        words, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
+        ctx.save_for_backward(words, lse, query, prompt_key, prompt_value, act, key, value)
+        ctx.settings = is_causal, scale
+        return _FWD(words, query, prompt_key, prompt_value, act, scale, "cpu")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:6])
+        found = iter(_BOTH_BWD(grad, *ctx.saved_tensors, *ctx.settings, needs, "cpu"))
+        return *(next(found) if need else None for need in needs), None, None
+
+
+def _takes_both(backend: str, call: Call) -> bool:
+    """Whether the C++ kernels make the words' gradients too: where PyTorch's flash attention makes the words' part."""
+    query, key, value = call[:3]
+    return (
+        backend == "cpu"
+        and call.words is None
+        and call.attn_mask is None
+        and torch.is_grad_enabled()
+        and any(x.requires_grad for x in (query, key, value))
+        and not torch.compiler.is_compiling()
+        and (query.shape[3] == 1 or key.stride(3) == value.stride(3) == 1)
+        and torch._fused_sdp_choice(query, key, value, None, 0.0, call.is_causal, scale=call.scale, enable_gqa=True)
+        == FLASH
+    )
+
+
 def zero_init_attention(
     query: Tensor,
     key: Tensor,
@@ -487,12 +543,11 @@ def zero_init_attention(
 ) -> Tensor:
     """Attention to the words plus gated attention to the prompts, two softmaxes: `reference` says what exactly.
 
-    The words' part is `F.scaled_dot_product_attention`, whatever implementation that picks (of few words in 16 bits on
-    a CPU its gradients are made from scores in memory, up to FEW_SCORES a head). The prompts' part is one pass that
-    reads query and the words' part and writes their sum, in the layout of the words' part, with the prompts on chip;
-    memory grows with L, never with L · P. Saved for backward, beside what the words' part saves: query, prompts and
-    act(gate), no copies of them. One pass over query and the gradient gives the gradients that are wanted.
-    Differentiable once.
+    The words' part is `F.scaled_dot_product_attention`, whatever implementation that picks; where that is flash
+    attention on a CPU, our kernels make its gradients. The prompts' part is one pass that reads query and the words'
+    part and writes their sum, in the layout of the words' part, with the prompts on chip; memory grows with L, never
+    with L · P or L · S. Saved for backward, beside what the words' part saves: query, prompts and act(gate), no copies
+    of them. One pass over query and the gradient gives those of the prompts' part that are wanted. Differentiable once.
 
     Args:
         query: [B, H, L, D] (fp32, fp16, bf16; fp64 on the reference), any strides; views of [B, L, H, D] are best.
@@ -514,8 +569,8 @@ def zero_init_attention(
         BackendUnavailable: the backend asked for cannot run this call.
 
     Numerics: scores, softmax and sums in fp32 (products in the dtype of `query` on a GPU and in AMX tiles), rounded
-    once. Where act(gate) is 0 the output has the bits of the words' part, and the gate still has its gradient. The
-    gradients of prompts and gate are summed in fp32 in a fixed order: deterministic, on any number of threads.
+    once. Where act(gate) is 0 the output has the bits of the words' part, and the gate still has its gradient. Our
+    kernels sum gradients in fp32 in a fixed order: deterministic, on any number of threads.
 
     Source: Zhang et al., "LLaMA-Adapter" (arXiv 2303.16199), section 3.2, and its code: see `reference`.
     """
@@ -528,12 +583,13 @@ def zero_init_attention(
     if chosen == "reference":
         return reference(*call)
     factor = query.shape[3] ** -0.5 if scale is None else scale
+    prompts = call.query, call.prompt_key, call.prompt_value, _activated(gate, query, gate_activation)
+    if _takes_both(chosen, call):
+        return _Both.apply(*prompts, call.key, call.value, is_causal, factor)
     if call.words is None:
-        words = _words_beside(chosen, call, factor)
+        words = _words(*call[:3], attn_mask, is_causal, scale)
     else:
         words = call.words if call.words.stride(3) == 1 else call.words.contiguous()
-    act = _activated(gate, query, gate_activation)
-    prompts = call.query, call.prompt_key, call.prompt_value, act
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (words, *prompts)):
         return _AddPrompts.apply(words, *prompts, factor, chosen)
     return _FWD(words, *prompts, factor, chosen)

@@ -81,6 +81,12 @@ def test_opcheck(per_sample: bool) -> None:
     torch.library.opcheck(ops.zero_init_attention_fwd.default, (words, *arguments, "cpu"))
     for needs in ((True, True, True, True), (False, True, False, True), (True, False, False, False)):
         torch.library.opcheck(ops.zero_init_attention_bwd.default, (words, *arguments, *needs, "cpu"))
+    lse = torch.zeros(query.shape[:3])
+    for needs in ([True] * 6, [False, True, False, False, True, False], [True, False, False, True, False, True]):
+        torch.library.opcheck(
+            ops.zero_init_attention_both_bwd.default,
+            (words, words, lse, query, prompt_key, prompt_value, gate, key, value, True, 0.25, needs, "cpu"),
+        )
 
 
 @pytest.mark.parametrize("backend", ["cpu", None])
@@ -132,13 +138,12 @@ def test_no_gradient_where_none_is_wanted() -> None:
     assert not zero_init_attention(*(x.detach() for x in tensors.values()), backend="cpu").requires_grad
 
 
-def test_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("name", ["prompt_value", "value"])
+def test_second_derivative_is_refused(name: str) -> None:
     tensors = some()
-    tensors["prompt_value"].requires_grad_()
+    tensors[name].requires_grad_()
     out = zero_init_attention(*tensors.values(), backend="cpu")
-    (gradient,) = torch.autograd.grad(
-        out, tensors["prompt_value"], torch.ones_like(out, requires_grad=True), create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(out, tensors[name], torch.ones_like(out, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, DTYPES, KERNELS, TOLERANCE
+from op_cases import BACKENDS, DTYPES, FLOOR, KERNELS, TOLERANCE, error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -53,13 +53,14 @@ def test_cpu_close_to_float64_in_several_blocks(dtype: torch.dtype) -> None:
     assert_close("cpu", some(1, 1, 300, 256, 32, words=2, dtype=dtype), PROMPTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "is_causal": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.1, "is_causal": True}], ids=str)
 @pytest.mark.parametrize("key_heads", [1, 4])
-def test_few_words(dtype: torch.dtype, options: dict[str, Any], key_heads: int) -> None:
-    """Their gradients come from scores in memory, whatever their number; the output keeps the bits of SDPA."""
-    for words in (1, 5, 40):
-        tensors = some(2, 4, 40, 24, 10, words=words, key_heads=key_heads, dtype=dtype)
+def test_the_words_keep_their_bits_and_their_gradients_are_ours(
+    dtype: torch.dtype, options: dict[str, Any], key_heads: int
+) -> None:
+    for words, dim in ((3, 24), (40, 128), (133, 64)):
+        tensors = some(2, 4, 70, dim, 10, words=words, key_heads=key_heads, dtype=dtype)
         tensors["gate"].zero_()
         found = run(zero_init_attention, tensors, NAMES[:3], backend="cpu", **options)
         names = dict(list(tensors.items())[:3])
@@ -67,22 +68,41 @@ def test_few_words(dtype: torch.dtype, options: dict[str, Any], key_heads: int) 
         exact = run(partial(F.scaled_dot_product_attention, enable_gqa=True, **options), double(names), NAMES[:3])
         assert torch.equal(bits(found["output"]), bits(plain["output"]))
         for name in (f"grad {name}" for name in NAMES[:3]):
-            error, of_plain = ((x[name].double() - exact[name]).norm() for x in (found, plain))
-            assert error <= 1.5 * of_plain + 1e-6
+            off, of_plain = ((x[name].double() - exact[name]).norm() for x in (found, plain))
+            assert off <= 1.5 * of_plain + FLOOR[dtype] * exact[name].norm()
 
 
-@pytest.mark.parametrize(
-    ("length", "dtype", "few"),
-    [(128, torch.bfloat16, True), (129, torch.bfloat16, False), (64, torch.float32, False)],
-)
-def test_more_words_stay_with_flash_attention(length: int, dtype: torch.dtype, few: bool) -> None:
-    tensors = some(1, 1, length, 8, dtype=dtype)
+@pytest.mark.parametrize("bits_", [0, 256, 512, 8192])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_gradients_of_the_words_with_vectors_of_any_width(dtype: torch.dtype, bits_: int, key_heads: int) -> None:
+    """They join what the query's gradient has, and each is made without the others."""
+    query, key, value, *_ = some(2, 4, 130, 48, words=70, key_heads=key_heads, dtype=dtype).values()
+    exact = [x.double().requires_grad_() for x in (query, key, value)]
+    out = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    grad = torch.randn(query.shape).to(dtype)
+    wanted = torch.autograd.grad(out, exact, grad.double())
+    scores = (exact[0] @ exact[1].repeat_interleave(4 // key_heads, 1).mT * 48**-0.5).detach()
+    lse = scores.masked_fill(torch.ones(130, 70).triu(1).bool(), -torch.inf).logsumexp(-1).float()
+    views = [extension.view(x) for x in (grad, query, out.detach().to(dtype), lse, key, value)]
+    for which in ([0, 1, 2], [0], [1], [2]):
+        found = [torch.ones_like(x) for x in (query, key, value)]
+        asked = [extension.view(x) if i in which else None for i, x in enumerate(found)]
+        extension.module().flash_attention_bwd_cpu(*views, True, 48**-0.5, *asked, 2, bits_)
+        for i, ours in enumerate(found):
+            expected = wanted[i] + (i == 0) if i in which else torch.ones_like(wanted[i])
+            assert (ours.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def test_other_attention_than_flash_keeps_its_gradients() -> None:
+    tensors = some(1, 1, 8, 8)
     tensors["query"].requires_grad_()
-    words = zero_init_attention(*tensors.values(), backend="cpu").grad_fn.next_functions[0][0]
-    assert ("FewWords" in words.name()) == few
+    assert "Both" in zero_init_attention(*tensors.values(), backend="cpu").grad_fn.name()
     with sdpa_kernel(SDPBackend.MATH):
-        words = zero_init_attention(*tensors.values(), backend="cpu").grad_fn.next_functions[0][0]
-    assert "FewWords" not in words.name()
+        assert "AddPrompts" in zero_init_attention(*tensors.values(), backend="cpu").grad_fn.name()
+    query, key, *rest = tensors.values()
+    key = key.mT.contiguous().mT
+    assert "AddPrompts" in zero_init_attention(query, key, *rest, backend="cpu").grad_fn.name()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,6 +193,35 @@ def test_cpu_any_size(sizes: Any, group: int, dtype: torch.dtype, needs: set[str
     assert_close("cpu", tensors, needs, words=words)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.fixed_dictionaries(
+        {
+            "batch": st.integers(1, 2),
+            "length": st.integers(8, 140),  # where a word is alone, its weight is 1 and gradients are roundings
+            "dim": st.integers(8, 70) | st.just(128),
+            "words": st.integers(8, 140),
+            "key_heads": st.integers(1, 2),
+        }
+    ),
+    group=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    needs=st.sets(st.sampled_from(NAMES[:5]), min_size=1),
+    is_causal=st.booleans(),
+    packed=st.booleans(),
+)
+def test_cpu_any_words(
+    sizes: Any, group: int, dtype: torch.dtype, needs: set[str], is_causal: bool, packed: bool
+) -> None:
+    tensors = some(heads=group * sizes["key_heads"], dtype=dtype, **sizes)
+    if packed:
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+    found = run(zero_init_attention, tensors, needs, backend="cpu", is_causal=is_causal)
+    for name, wanted in run(reference, double(tensors), needs, is_causal=is_causal).items():
+        assert error(found[name], wanted) <= TOLERANCE[dtype], name
+
+
 @pytest.mark.parametrize("needs", [c for n in range(5) for c in itertools.combinations(("query", *PROMPTS), n)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_for_what_needs_one(backend: str, needs: tuple[str, ...]) -> None:
@@ -226,12 +275,12 @@ def test_narrow_vectors_agree_with_wide_ones(dtype: torch.dtype, prompts: int) -
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    tensors, before = some(2, 4, 1100, 32, 10, words=4, key_heads=2, dtype=torch.bfloat16), torch.get_num_threads()
+    tensors, before = some(2, 4, 1100, 32, 10, words=70, key_heads=2, dtype=torch.bfloat16), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(run(zero_init_attention, tensors, ("query", *PROMPTS), backend="cpu"))
+            found.append(run(zero_init_attention, tensors, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -240,6 +289,9 @@ def test_threads_do_not_change_a_bit() -> None:
 
 
 # ---- a gate at zero
+
+
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -288,8 +340,9 @@ def test_at_gate_zero_only_the_gate_learns(backend: str, activation: str, prompt
     exact = run(reference, double(tensors), gate_activation=activation)
     torch.testing.assert_close(found["grad gate"].double(), exact["grad gate"], rtol=1e-5, atol=1e-5)
     words = run(F.scaled_dot_product_attention, dict(list(tensors.items())[:3]), NAMES[:3])
+    same = torch.testing.assert_close if backend == "cpu" else assert_equal  # the C++ kernels make the words' too
     for name in NAMES[:3]:
-        assert torch.equal(found[f"grad {name}"], words[f"grad {name}"])
+        same(found[f"grad {name}"], words[f"grad {name}"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -302,7 +355,7 @@ def test_one_prompt_does_not_depend_on_the_query(backend: str) -> None:
     torch.testing.assert_close(found["output"], words + part)
     assert found["grad prompt_key"].eq(0).all()
     wanted = run(F.scaled_dot_product_attention, dict(list(tensors.items())[:3]), ("query",))
-    assert torch.equal(found["grad query"], wanted["grad query"])
+    torch.testing.assert_close(found["grad query"], wanted["grad query"])
 
 
 def test_weights_sum_to_one_and_the_gate() -> None:
@@ -335,6 +388,23 @@ def test_cpp_checks_what_it_is_given() -> None:
     few = torch.zeros(4, 33, 8)
     with pytest.raises(ValueError, match="33 prompts of 8 numbers; at most 32 of 256"):
         forward(*map(view, (Q, Q, few, few, G)), 1.0, view(Q), 1)
+
+
+def test_cpp_checks_what_it_is_given_for_the_words() -> None:
+    backward, view = extension.module().flash_attention_bwd_cpu, extension.view
+    lse = torch.zeros(2, 4, 3)
+    good = [Q, Q, Q, lse, Q, Q, Q, Q, Q]
+    for i, bad, message in (
+        (0, Q[..., ::2], r"grad_out is float32\[2, 4, 3, 4\]; expected float32\[2, 4, 3, 8\]"),
+        (1, Q[0], r"query is float32\[4, 3, 8\] and key float32\[2, 4, 3, 8\]; expected four dimensions"),
+        (3, lse[:1], r"lse is float32\[1, 4, 3\]; expected float32\[2, 4, 3\]"),
+        (4, Q[:, :3], "4 heads do not share 3"),
+        (5, Q.half(), r"value is float16\[2, 4, 3, 8\]; expected float32\[2, 4, 3, 8\]"),
+        (7, Q[:, :2], r"grad_key is float32\[2, 2, 3, 8\]; expected float32\[2, 4, 3, 8\]"),
+    ):
+        views = [view(bad if j == i else x) for j, x in enumerate(good)]
+        with pytest.raises(ValueError, match=f"flash_attention: {message}"):
+            backward(*views[:6], False, 1.0, *views[6:], 1)
 
 
 def test_kernels_are_compiled_ahead_of_time_as_they_are_launched() -> None:

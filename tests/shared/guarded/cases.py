@@ -112,6 +112,11 @@ DECLARED = {
     "mixture_adapter": Declared(
         "z + 4 * expert + router", why="the merged experts, and for the router those that were merged"
     ),
+    "zero_init_attention": Declared(
+        "words + lse + act",
+        backward=("3 * query", "query"),
+        why="the words' kernel comes after the prompts', reads what they read and adds to their gradient of the query",
+    ),
     "zero_init_attention, given words": Declared("act"),
     "resampler_attention": Declared("lse"),
     "gated_cross_attention": Declared("lse"),
@@ -301,7 +306,17 @@ def _attention() -> Iterator[Case]:
     query, key, value = (_heads(heads, LENGTH) for heads in (6, 2, 2))
     prompt_key, prompt_value = _some(2, 10, 32, dtype=BF16), _some(2, 10, 32, dtype=BF16)
     gate, words = _some(6), _heads(6, LENGTH)
-    prompts = {"query": query, "prompt_key": prompt_key, "prompt_value": prompt_value, "gate": gate, "words": words}
+    few = {"prompt_key": prompt_key, "prompt_value": prompt_value, "gate": gate}
+    whole = {"query": query, "key": key, "value": value, **few}
+    heads_lse = {"lse": 4 * 6 * BATCH * LENGTH}
+    yield Case(
+        "zero_init_attention",
+        lambda backend: ops.zero_init_attention(*whole.values(), is_causal=True, backend=backend),
+        whole,
+        tuple(whole),
+        {"words": words.nbytes, "act": 4 * 6, **heads_lse},
+    )
+    prompts = {"query": query, **few, "words": words}
     yield Case(
         "zero_init_attention, given words",
         lambda backend: ops.zero_init_attention(
@@ -311,7 +326,6 @@ def _attention() -> Iterator[Case]:
         tuple(prompts),
         {"act": 4 * 6},
     )
-    heads_lse = {"lse": 4 * 6 * BATCH * LENGTH}
     latents, media = [_heads(6, 16) for _ in range(3)], [_heads(6, 96) for _ in range(2)]
     names = "query", "media_key", "media_value", "latent_key", "latent_value"
     resampled = dict(zip(names, (latents[0], *media, *latents[1:]), strict=True))

@@ -35,6 +35,7 @@ WRITES = {
     "bias_scale_linear_bwd_cpu": "out +grad_bias +grad_scale",
     "bias_scale_linear_fwd_cpu": "y",
     "dropout_cpu": "out",
+    "flash_attention_bwd_cpu": "+grad_query grad_key grad_value",
     "gated_cross_attention_bwd_cpu": "grad_query grad_key grad_value",
     "gated_cross_attention_fwd_cpu": "out lse",
     "gated_residual_bwd_cpu": "grad_y grad_gate",
