@@ -25,7 +25,7 @@ def python(code: str, cwd: Path, executable: str = sys.executable, **environment
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without CUDA (which adds minutes and no file)."""
+    """The wheel, built without CUDA (which adds minutes and no file) and without optimising."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
     # From a copy: a build in the checkout would race with the editable extension.
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command += ["-C", "cmake.define.MMFAST_CUDA=OFF", "-w", str(folder), str(source)]
+    command += ["-C", "cmake.build-type=Debug", "-C", "cmake.define.MMFAST_CUDA=OFF", "-w", str(folder), str(source)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return next(folder.glob("mmfast-*.whl"))

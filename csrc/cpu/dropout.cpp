@@ -16,8 +16,9 @@ MMFAST_INLINE void drop_row(const T* x, T* out, int64_t columns, int64_t row, co
   uint32_t words[4][GROUPS];
   float factors[8 * GROUPS];
   for (int64_t start = 0; start < columns; start += 8 * GROUPS) {
+    const int64_t groups = std::min((columns - start + 7) / 8, GROUPS);
 #pragma omp simd
-    for (int64_t g = 0; g < GROUPS; ++g) {
+    for (int64_t g = 0; g < groups; ++g) {
       const Words found = philox(mask, row, static_cast<uint32_t>(start / 8 + g));
       words[0][g] = found.a;
       words[1][g] = found.b;
@@ -26,7 +27,7 @@ MMFAST_INLINE void drop_row(const T* x, T* out, int64_t columns, int64_t row, co
     }
     for (int64_t w = 0; w < 4; ++w)
 #pragma omp simd
-      for (int64_t g = 0; g < GROUPS; ++g) {
+      for (int64_t g = 0; g < groups; ++g) {
         factors[8 * g + 2 * w] = mask.factor(words[w][g] & 0xffffu);
         factors[8 * g + 2 * w + 1] = mask.factor(words[w][g] >> 16);
       }

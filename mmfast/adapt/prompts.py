@@ -168,23 +168,45 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    words, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     learned = has_prompts(module) and module.prompts.prompt is not None  # type: ignore[union-attr]
-    if not has_prompts(module) or (not learned and sample_prompts is None):
-        return words, None
-    # After attention transformers has [B, L, H, D], the op [B, H, L, D]: in that same memory.
+    prompts = prompt_bias if learned else sample_prompts
+    if not has_prompts(module) or (not learned and prompts is None):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    words, is_causal = None, options.get("is_causal")
+    if torch.is_grad_enabled() and query.is_cpu and _is_plain(query, key, attention_mask, **options):
+        # The op asks of SDPA what transformers would, and makes the gradients of both parts together.
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    else:
+        # After attention transformers has [B, L, H, D], the op [B, H, L, D]: in that same memory.
+        words = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0].transpose(1, 2)
     both = module.prompts(  # type: ignore[operator]
         query,
         key,
         value,
         module.k_proj,
         module.v_proj,
+        is_causal=bool(is_causal),
         scale=options.get("scaling"),
-        prompt_bias=prompt_bias if learned else sample_prompts,
-        words=words.transpose(1, 2),
+        prompt_bias=prompts,
+        words=words,
         prompted=None if learned else prompted,
     )
     return both.transpose(1, 2).contiguous(), None
+
+
+def _is_plain(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **_: Any,
+) -> bool:
+    """Whether every token is there, and sees those before it or all."""
+    unusual = mask, softcap, position_bias, cache
+    return query.shape[2] == key.shape[2] > 1 and not dropout and all(option is None for option in unusual)
 
 
 def has_prompts(module: nn.Module) -> bool:

@@ -15,12 +15,12 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfast.ops import extension
+from mmfast.ops import backends, extension, products
 
 ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -89,3 +89,39 @@ def apply_cpu(x: Tensor, dropout: Dropout, first_row: int, out: Tensor) -> Tenso
         torch.get_num_threads(),
     )
     return out
+
+
+def _run_cpu(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    matrix = products.as_matrix(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    apply_cpu(matrix, Dropout(seed, threshold), 0, out.view(matrix.shape))
+    return out
+
+
+def _run_fake(x: Tensor, seed: Tensor, threshold: int, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_RUN = backends.define("dropout", "(Tensor x, Tensor seed, int threshold) -> Tensor", _run_fake, {"cpu": _run_cpu})
+
+
+class _OnCPU(torch.autograd.Function):
+    """Saves the seed: backward makes the mask again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, threshold: int) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.threshold = threshold
+        return _RUN(x, seed, threshold, "cpu")
+
+    @staticmethod
+    @backends.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _RUN(grad, *ctx.saved_tensors, ctx.threshold, "cpu"), None, None
+
+
+def on_cpu(x: Tensor, dropout: Dropout) -> Tensor:
+    """`reference` of x (fp32, fp16, bf16) by the C++ kernel; the products are rounded to the dtype of x, and it is
+    differentiable once.
+    """
+    return _OnCPU.apply(x, *dropout)

@@ -24,6 +24,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # gradient and with one; rows · K · N where the op makes a 16-bit product in fp32, which is much faster.
 LEAST = crossovers.CPU.cpu("lora_linear")
 
+# Of a small call, by a name of its own: to look it up in a package, with caches cold, takes a part of its time.
+_linear = F.linear
+
 # One of several stacked adapters, or the only one.
 Factors = Tensor | Sequence[Tensor]
 Scaling = float | Sequence[float]
@@ -203,19 +206,23 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
 def _is_small(
     x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Scaling, bias: Tensor | None, backend: str | None
 ) -> bool:
-    """Whether `OP.select` would take the reference for a call whose mistakes, if it has any, PyTorch's ops find."""
-    if not backends.plain((x, weight, lora_a, lora_b, bias), backend) or x.dim() == 0 or not isinstance(scaling, float):
-        return False
-    rows = x.numel() // max(x.shape[-1], 1)
+    """Whether a check could find nothing and `OP.select` would take the reference, in less time than these."""
+    rows = backends.fits(backend, "* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)
     return (
-        rows < LEAST["rows"]
+        0 <= rows < LEAST["rows"]
+        and isinstance(scaling, float)
+        and not torch._C._is_any_autocast_enabled()
         and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())
-        # What broadcasting and casts would let pass.
-        and weight.dtype == x.dtype
-        and weight.dim() == lora_a.dim() == 2
-        and lora_b.shape == (weight.shape[0], lora_a.shape[0] or 1)
-        and (bias is None or bias.shape == weight.shape[:1])
+        and lora_a.shape[0] > 0
     )
+
+
+def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None) -> Tensor:
+    """`reference` in as few steps as there can be."""
+    dtype = x.dtype
+    if lora_a.dtype != dtype or lora_b.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        lora_a, lora_b, bias = lora_a.to(dtype), lora_b.to(dtype), None if bias is None else bias.to(dtype)
+    return _linear(x, weight, bias).add_(_linear(_linear(x, lora_a), lora_b), alpha=scaling)
 
 
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))
@@ -561,7 +568,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1.
     """
     if not dropout and _is_small(x, weight, lora_a, lora_b, scaling, bias, backend):
-        return backends.checked_late(reference, check, x, weight, lora_a, lora_b, scaling, bias)
+        return _of_few_rows(x, weight, lora_a, lora_b, scaling, bias)
     call = check(x, weight, lora_a, lora_b, scaling, bias, dropout)
     return _run(call, OP.select(call, backends.machine(call.device), backend))[0]
 

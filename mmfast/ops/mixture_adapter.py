@@ -29,8 +29,6 @@ CPU_TOKENS = 4
 # Ranks of all projections above which PyTorch's products are as fast: with 8 the op is 1.1 to 1.9 times as fast, with
 # 16 0.85 to 1.0 times.
 CPU_RANKS = 12
-# The same with dropout, whose mask the reference makes of integer arithmetic in PyTorch.
-CPU_DROPOUT_RANKS = 32
 # Rows from which products of many ranks are faster in 16 bits, on a CPU that has such instructions.
 CPU_16_BIT_ROWS = 64
 # Ranks that a program of the Triton kernels can hold.
@@ -48,6 +46,7 @@ def reference(
     dropout: Dropout | None = None,
     activation: str = "identity",
     product_dtype: torch.dtype | None = None,
+    drop: Callable[[Tensor, Dropout], Tensor] = dropouts.reference,
 ) -> Tensor:
     """The definition: y = x + scale · Σ_k router_k · (Û_k h_k + bias_k), h_k = drop(act(A_k x + a_k)).
 
@@ -64,6 +63,7 @@ def reference(
         dropout: the mask of h, whose columns are the ranks of A_0, A_1, ...; None: every element stays.
         activation: "identity", "relu", "gelu" (z · Φ(z), by the error function) or "silu".
         product_dtype: of everything below; default fp32 (fp64 for fp64).
+        drop: how dropout is made.
 
     Parameters and router have any floating dtype.
 
@@ -78,14 +78,14 @@ def reference(
     if torch.is_autocast_enabled(x.device.type):
         tensors = x, down_weight, down_bias, up_weight, up_bias, router
         with torch.autocast(x.device.type, enabled=False):
-            return reference(*tensors, scale, dropout, activation, product_dtype)
+            return reference(*tensors, scale, dropout, activation, product_dtype, drop)
     dtype, wide = x.dtype, product_dtype or torch.promote_types(x.dtype, torch.float32)
     x, up = x.to(wide), up_weight.to(wide)
     down_bias = None if down_bias is None else down_bias.flatten().to(wide)
     up_bias = None if up_bias is None else up_bias.to(wide)
     h = ACTIVATIONS[activation](F.linear(x, down_weight.flatten(0, -2).to(wide), down_bias))
     if dropout is not None:
-        h = dropouts.reference(h, dropout).to(wide)
+        h = drop(h, dropout).to(wide)
     groups, router = down_weight.shape[-2] // up.shape[2], None if router is None else router.to(wide)
     if router is None and groups == 1:
         update = _single(h, up, up_bias)
@@ -248,9 +248,8 @@ def _kernels_cannot(call: Call, machine: Machine) -> str | None:
 
 
 def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    most = CPU_DROPOUT_RANKS if call.dropout else CPU_RANKS
-    if call.ranks > most:
-        return f"there are {call.ranks} ranks; above {most} the reference is as fast"
+    if call.ranks > CPU_RANKS:
+        return f"there are {call.ranks} ranks; above {CPU_RANKS} the reference is as fast"
     if not call.dropout and call.tokens < CPU_TOKENS:
         return f"each sample has {call.tokens} tokens; below {CPU_TOKENS} the reference is as fast"
     return None
@@ -437,7 +436,11 @@ def mixture_adapter(
     seed = dropouts.draw_seed(call.device) if threshold else None
     if chosen == "reference":
         dropout_ = None if seed is None else Dropout(seed, threshold)
-        return reference(*arguments, scale, dropout_, activation, _product_dtype(x, call.ranks, call.differentiated))
+        dtype = _product_dtype(x, call.ranks, call.differentiated)
+        asked = backend or backends._requested
+        by_kernel = not (asked or backends.machine(call.device).lacks("cpu")) and dtype != torch.float64
+        drop = dropouts.on_cpu if by_kernel else dropouts.reference
+        return reference(*arguments, scale, dropout_, activation, dtype, drop)
     downs = 1 if down_weight.dim() == 2 else down_weight.shape[0]
     groups = down_weight.shape[-2] // up_weight.shape[-1]
     with torch.autocast(x.device.type, enabled=False):

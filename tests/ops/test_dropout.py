@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfast.ops import dropout as dropouts
+from mmfast.ops.backends import machine
 from mmfast.ops.dropout import Dropout
 
 
@@ -87,3 +88,22 @@ def test_probability_is_rounded_and_what_stays_is_scaled() -> None:
     assert of_seed(0, 0.5).scale == 2.0
     x = torch.ones(200, 512)
     assert dropouts.reference(x, of_seed(0, 0.3)).mean() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.skipif(bool(machine(torch.device("cpu")).lacks("cpu")), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_op_on_a_cpu_and_its_gradient_are_the_definition_s(dtype: torch.dtype) -> None:
+    dropout = of_seed(7, 0.3)
+    x = torch.randn(2, 5, 140, dtype=dtype)[..., 3:].requires_grad_()
+    grad = torch.randn(x.shape, dtype=dtype)
+    found, expected = dropouts.on_cpu(x, dropout), dropouts.reference(x, dropout)
+    assert torch.equal(found == 0, expected == 0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
+    torch.testing.assert_close(torch.compile(dropouts.on_cpu, backend="aot_eager", fullgraph=True)(x, dropout), found)
+
+
+def test_opcheck() -> None:
+    if machine(torch.device("cpu")).lacks("cpu"):
+        pytest.skip("the extension is not built")
+    torch.library.opcheck(torch.ops.mmfast.dropout, (torch.randn(3, 20), torch.tensor([5]), 3000, "cpu"))

@@ -156,6 +156,21 @@ def test_the_generator_alone_decides_what_is_dropped(backend: str) -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_ranks_drop_on_a_cpu_what_the_definition_drops(dtype: torch.dtype) -> None:
+    """PyTorch's products then, with our kernel between them; unless the reference is asked for."""
+    form = Form((2, 70, 96), ranks=40, experts=1, groups=1, activation="relu")
+    tensors, found = some(form, dtype), []
+    for name in ("x", "up_weight"):
+        tensors[name].requires_grad_()  # type: ignore[union-attr]
+    for backend in (None, "reference"):
+        torch.manual_seed(3)
+        y = mixture_adapter(*tensors.values(), 1.0, 0.4, "relu", backend=backend)  # type: ignore[arg-type]
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [tensors["x"], tensors["up_weight"]])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_dropped_does_not_count_whatever_it_holds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dropouts, "draw_seed", lambda device: torch.tensor([5]))

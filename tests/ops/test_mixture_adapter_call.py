@@ -15,7 +15,6 @@ from torch import Tensor
 from mmfast.ops import BackendUnavailable, explain, extension, merged_experts, mixture_adapter, products, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.mixture_adapter import (
-    CPU_DROPOUT_RANKS,
     CPU_RANKS,
     CPU_TOKENS,
     LEAST,
@@ -165,8 +164,8 @@ ROWS_16 = LEAST["16-bit backward"] // 128
         (trained(sized(1, ROWS_16, 128, dtype=BF16)), (), CPU, None, "cpu"),
         (trained(sized(1, ROWS_16 - 1, 128, dtype=BF16)), (), CPU, None, "reference"),
         (sized(1, ROWS - 1, 128), (1.0, 0.1), CPU, None, "cpu"),
-        (sized(1, 3, 128, ranks=CPU_DROPOUT_RANKS), (1.0, 0.1), CPU, None, "cpu"),
-        (sized(1, ROWS, 128, ranks=CPU_DROPOUT_RANKS + 2), (1.0, 0.1), CPU, None, "reference"),
+        (sized(1, 3, 128, ranks=CPU_RANKS), (1.0, 0.1), CPU, None, "cpu"),
+        (sized(1, ROWS, 128, ranks=CPU_RANKS + 2), (1.0, 0.1), CPU, None, "reference"),
         (sized(2, 3, 128), (), CPU, "cpu", "cpu"),
         (sized(ROWS, CPU_TOKENS, 128), (), CPU, None, "cpu"),
         (sized(2 * ROWS, CPU_TOKENS - 1, 128), (), CPU, None, "reference"),
