@@ -130,7 +130,8 @@ struct Vector {
 
 }  // namespace
 
-// y = (z + bias) · scale; z, y [M, N], or packed [..., N], of one dtype, or one of them f32; bias, scale [N] f32. y may be z.
+// y = (z + bias) · scale; z, y [M, N], or packed [..., N], of one dtype, or one of them f32; bias, scale [N] f32. y may
+// be z.
 void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std::optional<TensorView> scale,
                                TensorView y, int threads) {
   for (auto* view : {&z, &y}) to_matrix(*view);
@@ -156,8 +157,8 @@ void bias_scale_linear_fwd_cpu(TensorView z, std::optional<TensorView> bias, std
 }
 
 // out = grad · scale, grad_bias += Σ_m grad · scale, grad_scale += Σ_m grad · (z + bias): each if it is given, the last
-// with z. grad, z, out [M, N], or packed [..., N], of one dtype, or grad or out f32; bias, scale, grad_bias, grad_scale [N] f32. out may be
-// grad.
+// with z. grad, z, out [M, N], or packed [..., N], of one dtype, or grad or out f32; bias, scale, grad_bias, grad_scale
+// [N] f32. out may be grad.
 void bias_scale_linear_bwd_cpu(TensorView grad, std::optional<TensorView> z, std::optional<TensorView> bias,
                                std::optional<TensorView> scale, std::optional<TensorView> out,
                                std::optional<TensorView> grad_bias, std::optional<TensorView> grad_scale,

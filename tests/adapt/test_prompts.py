@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from mmfast.adapt import (
     remove,
     save_adapter,
 )
+from mmfast.adapt import prompts as adapt_prompts
 from mmfast.adapt.prompts import IMPLEMENTATION
 from mmfast.nn import ZeroInitAttention
+from mmfast.ops.backends import machine
 
 # Mistral with a window shorter than the batch.
 OPTIONS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": 4}, "qwen2": {}}
@@ -51,8 +54,8 @@ def open_gates(model: nn.Module) -> None:
         module.gate.data.normal_(generator=generator)
 
 
-def prompted(name: str = "llama", layers: Any = 2, **options: Any) -> Any:
-    model = tiny(name)
+def prompted(name: str = "llama", layers: Any = 2, model: Any = None, **options: Any) -> Any:
+    model = model or tiny(name)
     add_prompts(model, 5, layers, **options)
     open_gates(model)
     return model
@@ -202,6 +205,31 @@ def test_training_starts_at_the_gates(name: str) -> None:
         optimizer.step()
     assert losses[-1] < losses[0]
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+
+
+@pytest.mark.skipif(bool(machine(torch.device("cpu")).lacks("cpu")), reason="the extension is not built")
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("masked", [False, True], ids=["every token", "padded"])
+def test_where_every_token_is_there_both_gradients_are_made_together(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are those of a words' part that transformers makes; in float32 their sums have another order."""
+    window = {"sliding_window": 300} if name == "mistral" else {}
+    model = prompted(model=make(name, attn_implementation="sdpa", **window))
+    batch = {"input_ids": tokens(length=200), "labels": tokens(length=200)}
+    if masked:
+        batch["attention_mask"] = torch.ones(3, 200, dtype=torch.long)
+        batch["attention_mask"][1, 90:] = 0
+    op, made = importlib.import_module("mmfast.ops.zero_init_attention"), []
+    together = op._BOTH_BWD
+    monkeypatch.setattr(op, "_BOTH_BWD", lambda *args: made.append(1) or together(*args))
+    output, found = step(model, batch)
+    assert len(made) == (0 if masked else 1)  # below the first prompts nothing needs a gradient
+    monkeypatch.setattr(adapt_prompts, "_is_plain", lambda *args, **options: False)
+    again, expected = step(model, batch)
+    assert torch.equal(again.loss, output.loss)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-6, msg=parameter)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
