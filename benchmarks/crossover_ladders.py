@@ -210,7 +210,8 @@ LADDERS = (
     Ladder("zero_init_attention", "elements", 11, 18, _one_text, FLOATS, BOTH, (0, 3, 4, 5)),
     Ladder("zero_init_attention", "rows", 1, 7, _decoding, FLOATS, BOTH, (0, 3, 4, 5)),
     Ladder("resampler_attention", "float32", 19, 26, _resampler_attention, trained=BOTH, train=(0, 1, 2)),
-    Ladder("resampler_attention", "16-bit", 17, 24, _resampler_attention, HALVES, BOTH, (0, 1, 2), _no_matrix),
+    Ladder("resampler_attention", "16-bit forward", 17, 24, _resampler_attention, HALVES, fits=_no_matrix),
+    Ladder("resampler_attention", "16-bit backward", 15, 22, _resampler_attention, HALVES, YES, (0, 1, 2)),
     Ladder(
         "resampler_attention",
         "16-bit matrix forward",

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmfast.ops import backends, crossovers, extension, products
 from mmfast.ops.backends import Backend, Machine, Op, Size
@@ -197,7 +196,9 @@ def only_reference_has_matrix(dtype: torch.dtype, differentiated: bool, device: 
 def _key(dtype: torch.dtype, differentiated: bool, device: str) -> str:
     if dtype == torch.float32:
         return "float32"
-    return "16-bit matrix forward" if only_reference_has_matrix(dtype, differentiated, device) else "16-bit"
+    if differentiated:
+        return "16-bit backward"
+    return "16-bit matrix forward" if only_reference_has_matrix(dtype, False, device) else "16-bit forward"
 
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
@@ -315,7 +316,7 @@ class _ResamplerAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @backends.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         out, lse, query, *keys = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
@@ -323,7 +324,10 @@ class _ResamplerAttention(torch.autograd.Function):
         return (*(next(found) if need else None for need in needs), None, None, None)
 
 
-def _without_gradients(
+_APPLY = backends.straight(_ResamplerAttention)
+
+
+def _at_once(
     query: Tensor,
     media_key: Tensor,
     media_value: Tensor,
@@ -345,12 +349,17 @@ def _without_gradients(
         or extension.overheard()()
     ):
         return None
-    if _work(query, media_key, latent_key) < LEAST[_key(query.dtype, False, "cpu")]:
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, *keys))
+    if _work(query, media_key, latent_key) < LEAST[_key(query.dtype, differentiated, "cpu")]:
         return reference(query, *keys, None, scale)
     dim = query.size(3)
     if dim > MOST_DIM["cpu"] or any(x is not None and x.stride(3) != 1 for x in (query, *keys)):
         return None
-    return _fwd_cpu(query, *keys, None, dim**-0.5 if scale is None else scale)[0]
+    scale = dim**-0.5 if scale is None else scale
+    if differentiated:
+        out: Tensor = _APPLY(query, *keys, None, scale, "cpu")
+        return out
+    return _fwd_cpu(query, *keys, None, scale)[0]
 
 
 def resampler_attention(
@@ -390,8 +399,8 @@ def resampler_attention(
     Numerics: scores, weights and sums in fp32 on the CPU; on a GPU and in AMX tiles the weights are rounded to 16 bits
     before a 16-bit product, as everywhere. Deterministic, on any number of threads.
     """
-    if media_mask is None and not torch.is_grad_enabled():
-        out = _without_gradients(query, media_key, media_value, latent_key, latent_value, scale, backend)
+    if media_mask is None:
+        out = _at_once(query, media_key, media_value, latent_key, latent_value, scale, backend)
         if out is not None:
             return out
     arguments = query, media_key, media_value, latent_key, latent_value, media_mask, scale
