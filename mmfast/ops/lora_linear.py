@@ -222,7 +222,7 @@ def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any,
     dtype = x.dtype
     if lora_a.dtype != dtype or lora_b.dtype != dtype or (bias is not None and bias.dtype != dtype):
         lora_a, lora_b, bias = lora_a.to(dtype), lora_b.to(dtype), None if bias is None else bias.to(dtype)
-    return _linear(x, weight, bias).add_(_linear(_linear(x, lora_a), lora_b), alpha=scaling)
+    return torch.add(_linear(x, weight, bias), _linear(_linear(x, lora_a), lora_b), alpha=scaling)
 
 
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))
