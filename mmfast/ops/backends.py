@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, function
+from torch.autograd import Function, forward_ad, function
 
 from mmfast.ops import crossovers, extension
 
@@ -290,6 +290,13 @@ def packed(backend: str | None, pattern: str, *tensors: Any) -> int:
     if torch.compiler.is_compiling() or backend or _requested:
         return -1
     return extension.packed()(pattern, *tensors)
+
+
+def lies_packed(*tensors: Tensor) -> bool:
+    """Whether `packed` would take these if C++ could read them: tensors without memory, as a plan has, pick alike."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def straight(differentiable: type[Function]) -> Callable[..., Any]:

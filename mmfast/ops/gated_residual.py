@@ -85,7 +85,7 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     key = KEYS[call.x.dtype]
-    if machine.device == "cpu" and all(tensor.is_contiguous() for tensor in (call.x, call.y, call.gate)):
+    if machine.device == "cpu" and backends.lies_packed(call.x, call.y, call.gate):
         key = "packed backward" if call.differentiated else "packed forward"
     return (Size(key, call.x.numel(), "x has {} elements"),)
 

@@ -71,7 +71,7 @@ def _no_float64(call: Call, machine: Machine) -> str | None:
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     key = "backward" if call.differentiated else "forward"
-    if machine.device == "cpu" and call.gate.is_contiguous() and call.up.is_contiguous():
+    if machine.device == "cpu" and backends.lies_packed(call.gate, call.up):
         key = f"packed {key}"
     return (Size(key, call.gate.numel(), "gate has {} elements"),)
 
