@@ -57,7 +57,7 @@ void nf4_linear_cpu(TensorView x, std::vector<TensorView> weight, std::optional<
                     int threads);
 
 void quantized_linear(TensorView x, std::vector<TensorView> weight, std::optional<TensorView> bias, bool add,
-                          TensorView out, int threads);
+                      TensorView out, int threads);
 void quantized_grad(TensorView grad, std::vector<TensorView> weight, bool add, TensorView out, int threads);
 
 void rms_norm_fwd_cpu(TensorView x, TensorView weight, std::optional<TensorView> residual, float eps, TensorView y,

@@ -21,6 +21,7 @@ class Kept {
       const size_t bytes = count * sizeof(T), page = bytes < size_t{1} << 20 ? 4096 : size_t{1} << 21;
       const size_t whole = (bytes + page - 1) / page * page;
       memory_.reset();
+      size_ = 0;
       memory_.reset(static_cast<T*>(std::aligned_alloc(page, whole)));
       if (!memory_) throw std::bad_alloc();
 #if defined(__linux__)

@@ -308,42 +308,26 @@ def _is_small(
     )
 
 
-def _is_small_float32(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    backend: str | None,
-) -> bool:
+def _fits_one_expert(pattern: str, tensors: tuple[Tensor | None, ...], activation: str, backend: str | None) -> int:
+    """What `backends.fits` counts of x and what belongs to one expert without a router, if `check` could find nothing
+    else; else -1.
+    """
+    if activation not in ACTIVATIONS or torch._C._is_any_autocast_enabled():
+        return -1
+    return backends.fits(backend, pattern, *tensors)
+
+
+def _is_small_float32(tensors: tuple[Any, ...], activation: str, backend: str | None) -> bool:
     """`_is_small` for one expert without a router where all is fp32 and `reference` casts nothing."""
-    elements = backends.fits(backend, "*bh *bh rh= r=? 1hr= 1h=?", x, down_weight, down_bias, up_weight, up_bias)
-    return (
-        0 <= elements < LEAST[_key(x, torch.is_grad_enabled())]
-        and x.dtype == torch.float32
-        and activation in ACTIVATIONS
-        and not torch._C._is_any_autocast_enabled()
-    )
+    x = tensors[0]
+    elements = _fits_one_expert("*bh *bh rh= r=? 1hr= 1h=?", tensors, activation, backend)
+    return 0 <= elements < LEAST[_key(x, torch.is_grad_enabled())] and x.dtype == torch.float32
 
 
-def _has_many_ranks(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    backend: str | None,
-) -> bool:
-    """Whether `check` could find nothing, and `_cpu_avoids` would leave to the reference, a call of one expert without
-    a router."""
-    return (
-        backends.fits(backend, "*bh *bh rh r? 1hr 1h?", x, down_weight, down_bias, up_weight, up_bias) >= 0
-        and down_weight.shape[0] > CPU_RANKS
-        and activation in ACTIVATIONS
-        and not torch._C._is_any_autocast_enabled()
-    )
+def _has_many_ranks(tensors: tuple[Any, ...], activation: str, backend: str | None) -> bool:
+    """Whether `_cpu_avoids` would leave to the reference a call of one expert without a router."""
+    elements = _fits_one_expert("*bh *bh rh r? 1hr 1h?", tensors, activation, backend)
+    return elements >= 0 and tensors[1].shape[0] > CPU_RANKS
 
 
 def _of_one_expert(
@@ -422,10 +406,10 @@ def mixture_adapter(
     """
     if router is None and not dropout:
         tensors = x, down_weight, down_bias, up_weight, up_bias
-        if _is_small_float32(*tensors, activation, backend):
+        if _is_small_float32(tensors, activation, backend):
             h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
             return products.add_scaled(x, _single(h, up_weight, up_bias), scale)
-        if _has_many_ranks(*tensors, activation, backend):
+        if _has_many_ranks(tensors, activation, backend):
             return _of_one_expert(*tensors, scale, activation)
     arguments = x, down_weight, down_bias, up_weight, up_bias, router
     if not dropout and _is_small(*arguments, activation, backend):

@@ -358,21 +358,8 @@ def _bwd_cpu(
     return [gradient for gradient in found if gradient is not None]
 
 
-def _both_bwd_fake(
-    grad: Tensor,
-    words: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    prompt_key: Tensor,
-    prompt_value: Tensor,
-    act: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    scale: float,
-    needs: list[bool],
-    backend: str,
-) -> list[Tensor]:
+def _both_bwd_fake(grad: Tensor, words: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    query, prompt_key, _, act, key, value, _, _, needs, _ = arguments
     found = _empty_gradients(query, prompt_key, act, needs[:4]) + _like_where(needs[4:], key, value)
     return [gradient for gradient in found if gradient is not None]
 
