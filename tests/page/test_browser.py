@@ -30,6 +30,7 @@ DRIVER = shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
     pytest.skip("chromium and chromedriver are not installed", allow_module_level=True)
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -46,7 +47,9 @@ class Browser:
         self.driver = driver
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.driver, 30, 0.05).until(lambda _: condition())
+        """What `condition` gives as soon as it is true; the page may put an element in another's place meanwhile."""
+        wait = WebDriverWait(self.driver, 30, 0.05, [StaleElementReferenceException])
+        return wait.until(lambda _: condition())
 
     def text(self, name: str) -> str:
         return self.driver.execute_script(f"return (document.getElementById('{name}') || {{}}).innerText || ''").strip()
@@ -77,15 +80,29 @@ class Browser:
         self.wait(lambda: len(self.messages("user")) > turns and self.is_ready())
         return self.messages("bot")[-1]
 
-    def press(self, name: str) -> None:
-        self.wait(lambda: self.driver.find_element(By.ID, name).is_displayed())
-        self.driver.find_element(By.ID, name).click()
+    def click(self, selector: str) -> str:
+        """Clicks an element as soon as it is shown; returns its text."""
+
+        def clicked() -> str | bool:
+            for element in self.driver.find_elements(By.CSS_SELECTOR, selector)[:1]:
+                if text := element.is_displayed() and element.text:
+                    element.click()
+                    return text
+            return False
+
+        return self.wait(clicked)
 
     def choose(self, run: str) -> None:
         self.driver.find_element(By.CSS_SELECTOR, "#run input").click()
-        self.wait(lambda: self.driver.find_elements(By.CSS_SELECTOR, "[role=option]"))
-        options = self.driver.find_elements(By.CSS_SELECTOR, "[role=option]")
-        next(option for option in options if option.text.strip("✓ \n").startswith(run)).click()
+
+        def chosen() -> bool:
+            for option in self.driver.find_elements(By.CSS_SELECTOR, "[role=option]"):
+                if option.text.strip("✓ \n").startswith(run):
+                    option.click()
+                    return True
+            return False
+
+        self.wait(chosen)
         self.wait(lambda: self.text("status").startswith(run) and self.is_ready())
 
 
@@ -182,7 +199,7 @@ def test_a_conversation_equals_that_in_the_terminal(
     assert len(growing) > 3 and all(expected[0].startswith(text.rstrip()) for text in growing)
     assert browser.driver.find_elements(By.CSS_SELECTOR, "#chat img")
     assert browser.ask(questions[1]) == expected[1]
-    browser.press("new")
+    browser.click("#new")
     browser.wait(lambda: browser.messages("bot") == [])
     browser.attach(digits)
     browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#question img"))
@@ -204,7 +221,7 @@ def test_files_that_are_refused_leave_the_conversation_usable(browser: Browser, 
     assert large.stat().st_size > 1 << 20
     browser.attach(large)
     browser.wait(lambda: "large.png" in browser.text("refused") and "1.0 Mb" in browser.text("refused"))
-    browser.press("new")
+    browser.click("#new")
     browser.wait(lambda: browser.messages("bot") == [] and not browser.text("error") + browser.text("refused"))
     assert browser.ask("it?") == first
 
@@ -215,7 +232,7 @@ def test_stop_ends_the_answer_and_gives_the_question_back(browser: Browser, spee
     started = time.monotonic()
     browser.write("it?")
     browser.wait(lambda: browser.messages("bot"))
-    browser.press("stop")
+    browser.click("#stop")
     browser.wait(lambda: browser.text("status") == "Stopped; this question is forgotten.")
     assert time.monotonic() - started < LONGEST * 0.3 / 2
     speed["pause"] = 0.0
@@ -247,9 +264,7 @@ def test_hostile_texts_are_shown_as_they_are(browser: Browser) -> None:
 
 def test_an_example_of_the_world_can_be_sent(browser: Browser) -> None:
     browser.choose("digits")
-    example = browser.wait(lambda: browser.driver.find_element(By.CSS_SELECTOR, ".example"))
-    asked = example.text
-    example.click()
+    asked = browser.click(".example")
     browser.wait(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#question img"))
     browser.write("")
     browser.wait(lambda: browser.messages("user") == [asked])
