@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/amx.h"
+#include "cpu/low_rank.h"
 #include "tensor_view.h"
 #include "torch_tensor.h"
 
@@ -33,12 +34,12 @@ void int8_linear_cpu(TensorView x, TensorView values, TensorView scale, std::opt
 void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::optional<TensorView> scale,
                                float smoothing, bool write_gradient, TensorView losses, TensorView correct);
 
-void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optional<TensorView> s, float scale,
-                   std::optional<TensorView> projected, std::optional<TensorView> outer, bool add, int threads);
-void low_rank_expand(TensorView s, TensorView factors, float scale, std::optional<TensorView> bias, TensorView out,
-                     int threads);
-void low_rank_product(TensorView x, TensorView w, TensorView s, TensorView factors, float scale,
-                      std::optional<TensorView> bias, TensorView out, int threads);
+void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
+                         std::optional<TensorView> bias, TensorView s, TensorView out, int threads);
+void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> s,
+                         std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
+                         std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
+                         std::optional<TensorView> grad_b, int threads);
 
 void mixture_adapter_fwd_cpu(TensorView x, TensorView down, std::optional<TensorView> down_bias, TensorView up,
                              int64_t groups, int64_t downs, const std::string& activation,
@@ -265,6 +266,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_cross_entropy_rows", &mmfast::linear_cross_entropy_rows, py::arg("logits"), py::arg("labels"),
         py::arg("scale"), py::arg("smoothing"), py::arg("write_gradient"), py::arg("losses"), py::arg("correct"),
         py::call_guard<py::gil_scoped_release>());
+
+  m.def("lora_linear_fwd_cpu", &mmfast::lora_linear_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("a"),
+        py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("s"), py::arg("out"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("lora_linear_bwd_cpu", &mmfast::lora_linear_bwd_cpu, py::arg("grad"), py::arg("x"), py::arg("s"),
+        py::arg("weight"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("grad_x"), py::arg("grad_a"),
+        py::arg("grad_b"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("low_rank_read", &mmfast::low_rank_read, py::arg("x"), py::arg("factors"), py::arg("s"), py::arg("scale"),
         py::arg("projected"), py::arg("outer"), py::arg("add"), py::arg("threads"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, crossovers, low_rank, products, weights
+from mmfast.ops import backends, crossovers, lora_short, low_rank, products, weights
 from mmfast.ops import dropout as dropouts
 from mmfast.ops.backends import Backend, Machine, Op, Size
 from mmfast.ops.dropout import Dropout
@@ -23,9 +23,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What the passes over y must save on a CPU before they are worth the steps on the host: rows, and rows · N without a
 # gradient and with one; rows · K · N where the op makes a 16-bit product in fp32, which is much faster.
 LEAST = crossovers.CPU.cpu("lora_linear")
-
-# Of a small call, by a name of its own: to look it up in a package, with caches cold, takes a part of its time.
-_linear = F.linear
 
 # One of several stacked adapters, or the only one.
 Factors = Tensor | Sequence[Tensor]
@@ -201,28 +198,6 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
         return (Size("16-bit product", call.x.numel() * columns, "rows · K · N is {}"),)
     key = "backward" if call.differentiated else "forward"
     return Size("rows", rows, "the number of rows is {}"), Size(key, rows * columns, "rows · N is {}")
-
-
-def _is_small(
-    x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Scaling, bias: Tensor | None, backend: str | None
-) -> bool:
-    """Whether a check could find nothing and `OP.select` would take the reference, in less time than these."""
-    rows = backends.fits(backend, "* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)
-    return (
-        0 <= rows < LEAST["rows"]
-        and isinstance(scaling, float)
-        and not torch._C._is_any_autocast_enabled()
-        and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())
-        and lora_a.shape[0] > 0
-    )
-
-
-def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None) -> Tensor:
-    """`reference` in as few steps as there can be."""
-    dtype = x.dtype
-    if lora_a.dtype != dtype or lora_b.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        lora_a, lora_b, bias = lora_a.to(dtype), lora_b.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.add(_linear(x, weight, bias), _linear(_linear(x, lora_a), lora_b), alpha=scaling)
 
 
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))
@@ -567,8 +542,8 @@ def lora_linear(
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), §4.1.
     """
-    if not dropout and _is_small(x, weight, lora_a, lora_b, scaling, bias, backend):
-        return _of_few_rows(x, weight, lora_a, lora_b, scaling, bias)
+    if not dropout and (y := lora_short.attempt(x, weight, lora_a, lora_b, scaling, bias, backend)) is not None:
+        return y
     call = check(x, weight, lora_a, lora_b, scaling, bias, dropout)
     return _run(call, OP.select(call, backends.machine(call.device), backend))[0]
 

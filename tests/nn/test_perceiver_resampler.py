@@ -75,6 +75,8 @@ def test_is_open_flamingos_module(embedded: bool) -> None:
     state = {name: x.detach().requires_grad_() for name, x in resampler.state_dict().items()}
     found, wanted = resampler(media), open_flamingo(state, media)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(resampler(media), wanted, rtol=1e-10, atol=1e-12)
     parameters = dict(resampler.named_parameters())
     assert parameters.keys() == state.keys()
     ours = gradients(found, [media, *parameters.values()])

@@ -44,6 +44,8 @@ WRITES = {
     "int8_linear_cpu": "out",
     "int8_quantize_cpu": "values scale",
     "linear_cross_entropy_rows": "+logits losses correct",
+    "lora_linear_bwd_cpu": "grad_x grad_a grad_b",
+    "lora_linear_fwd_cpu": "s out",
     "low_rank_expand": "out",
     "low_rank_product": "out",
     "low_rank_read": "projected outer",

@@ -1,0 +1,61 @@
+// All that is around the large product of a packed LoRA linear, or with the weight the product too, in one call each way:
+// what runs in Python between two products that empty the caches is read from memory, which takes as long as a pass.
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "../tensor_view.h"
+#include "low_rank.h"
+#include "matrix.h"
+#include "scalars.h"
+
+namespace mmfast {
+namespace {
+
+TensorView transposed(TensorView matrix) {
+  std::swap(matrix.shape[0], matrix.shape[1]);
+  std::swap(matrix.strides[0], matrix.strides[1]);
+  return matrix;
+}
+
+std::optional<TensorView> transposed(std::optional<TensorView> matrix) {
+  if (matrix) matrix = transposed(*std::move(matrix));
+  return matrix;
+}
+
+}  // namespace
+
+// s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight (bfloat16,
+// AMX) it is added here. Of x [..., K], weight [N, K], a [R, K], b [N, R] and bias [N].
+void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
+                         std::optional<TensorView> bias, TensorView s, TensorView out, int threads) {
+  to_matrix(x), to_matrix(out);
+  low_rank_read(x, a, std::nullopt, 1.0f, s, std::nullopt, false, threads);
+  if (weight)
+    low_rank_product(x, transposed(*std::move(weight)), s, transposed(b), scaling, bias, out, threads);
+  else
+    low_rank_expand(s, transposed(b), scaling, bias, out, threads);
+}
+
+// With ds [rows, R] = scaling · grad b: grad_b [N, R] = scaling · gradᵀ s and grad_a [R, K] = dsᵀ x in fp32, and grad_x
+// [..., K] = ds a, to which the caller adds grad W, or with weight this; each that is given.
+void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> s,
+                         std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
+                         std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
+                         std::optional<TensorView> grad_b, int threads) {
+  to_matrix(grad), to_matrix(x), to_matrix(grad_x);
+  const int64_t rows = grad.size(0), ranks = a.size(0);
+  const auto memory = std::make_unique_for_overwrite<float[]>(rows * ranks);  // enough for either dtype
+  const TensorView ds{memory.get(), grad.dtype, {rows, ranks}, {ranks, 1}};
+  low_rank_read(grad, transposed(b), grad_b ? s : std::nullopt, scaling, ds, transposed(grad_b), false, threads);
+  if (grad_a) {
+    check(x.has_value(), "lora_linear: grad_a needs x");
+    low_rank_read(*x, std::nullopt, ds, 1.0f, std::nullopt, grad_a, false, threads);
+  }
+  if (grad_x && weight)
+    low_rank_product(grad, *weight, ds, a, 1.0f, std::nullopt, *grad_x, threads);
+  else if (grad_x)
+    low_rank_expand(ds, a, 1.0f, std::nullopt, *grad_x, threads);
+}
+
+}  // namespace mmfast

@@ -1,0 +1,120 @@
+"""The short ways through `lora_linear` on a CPU, for one dense weight, one adapter and no dropout.
+
+Python that runs between two large products is read from memory, for they leave nothing of it in the caches: what an
+op's check, its choice and its steps take so, 1 to 2 ms each way, is more than a small product does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfast.ops import backends, crossovers, extension, low_rank, products
+
+LEAST = crossovers.CPU.cpu("lora_linear")
+
+# By a name of its own: to look it up in a package, with caches cold, takes a part of a small call's time.
+_linear = F.linear
+
+
+def attempt(
+    x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None, backend: str | None
+) -> Tensor | None:
+    """`lora_linear` where a check could find nothing and a short way serves; else None."""
+    if not isinstance(scaling, float) or torch._C._is_any_autocast_enabled():
+        return None
+    rows = backends.fits(backend, "* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)
+    if rows < 0 or len(lora_a) == 0:
+        return None
+    arguments = x, weight, lora_a, lora_b, scaling, bias
+    if rows < LEAST["rows"]:
+        return None if products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()) else _of_few_rows(*arguments)
+    differentiated = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, lora_a, lora_b, bias)
+    )
+    if (
+        weight.requires_grad
+        or rows * len(weight) < LEAST["backward" if differentiated else "forward"]
+        or backends.packed(backend, "* *k nk= rk= nr= n=?", x, weight, lora_a, lora_b, bias) < 0
+        or not (x.dtype == torch.float32 or _in_tiles(x, weight))
+    ):
+        return None
+    return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
+
+
+def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None) -> Tensor:
+    """The reference in as few steps as there can be."""
+    dtype = x.dtype
+    if lora_a.dtype != dtype or lora_b.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        lora_a, lora_b, bias = lora_a.to(dtype), lora_b.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.add(_linear(x, weight, bias), _linear(_linear(x, lora_a), lora_b), alpha=scaling)
+
+
+def _in_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether both large products are made by one kernel with the low-rank ones."""
+    matrix = x.flatten(0, -2)
+    return all(low_rank.fused_is_faster("cpu", matrix, [weight], columns) for columns in weight.shape)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] and s [rows, R]."""
+    y, matrix = x.new_empty((*x.shape[:-1], weight.shape[0])), x.flatten(0, -2)
+    s, tiled = x.new_empty((matrix.shape[0], lora_a.shape[0])), x.dtype != torch.float32
+    kernel, threads = extension.module().lora_linear_fwd_cpu, torch.get_num_threads()
+    kernel(x, weight if tiled else None, lora_a, lora_b, scaling, bias, s, y, threads)
+    if not tiled:
+        products.linear(y.flatten(0, -2), matrix, [weight], "cpu", add=True)
+    return y, s
+
+
+class _Packed(torch.autograd.Function):
+    """Saves what `_LoRALinear` does: x if A is trained, s if B is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
+    ) -> Tensor:
+        y, s = _forward(x, weight, lora_a, lora_b, scaling, bias)
+        _, _, need_a, need_b, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_a else None, s if need_b else None, weight, lora_a, lora_b)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @backends.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, weight, lora_a, lora_b = ctx.saved_tensors
+        need_x, _, need_a, need_b, _, need_bias = ctx.needs_input_grad
+        if backends.packed(None, "*n *n nr=", grad, lora_b) < 0:
+            op = torch.ops.mmfast.lora_linear_bwd
+            lists = [weight], [1], [lora_a], [lora_b], [ctx.scaling]
+            needs = need_x, need_a, [False], [need_b], [need_bias]
+            grad_x, grad_a, _, grad_b, grad_bias = op([grad], x, s, *lists, 0, None, *needs, "cpu")
+        else:
+            grad_x = grad.new_empty((*grad.shape[:-1], weight.shape[1])) if need_x else None
+            grad_a = torch.empty(lora_a.shape) if need_a else None
+            grad_b = torch.empty(lora_b.shape) if need_b else None
+            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32) if need_bias else None
+            tiled = grad.dtype != torch.float32
+            kernel, threads = extension.module().lora_linear_bwd_cpu, torch.get_num_threads()
+            parts = x, s, weight if tiled else None, lora_a, lora_b, ctx.scaling, grad_x, grad_a, grad_b
+            if need_x or need_a or need_b:
+                kernel(grad, *parts, threads)
+            if grad_x is not None and not tiled:
+                products.linear_grad(grad_x.flatten(0, -2), grad.flatten(0, -2), [weight], "cpu", add=True)
+        return (
+            grad_x if need_x else None,
+            None,
+            grad_a.to(lora_a.dtype) if need_a else None,
+            grad_b.to(lora_b.dtype) if need_b else None,
+            None,
+            grad_bias.to(grad.dtype) if need_bias else None,
+        )
+
+
+_APPLY = backends.straight(_Packed)

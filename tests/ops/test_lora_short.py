@@ -1,0 +1,154 @@
+"""The short ways through lora_linear give the bits of the long one, and refuse what only that can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmfast.ops import extension, lora_linear, lora_short, low_rank, nf4_quantize, products
+
+BF16 = torch.bfloat16
+DTYPES = [
+    torch.float32,
+    pytest.param(BF16, marks=pytest.mark.skipif(not extension.has_amx(), reason="this CPU has no AMX")),
+]
+if extension.missing("cpu"):
+    pytest.skip("the compiled extension is missing", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels serve any size."""
+    for key in ("rows", "forward", "backward"):
+        monkeypatch.setitem(lora_short.LEAST, key, 1)
+    monkeypatch.setattr(low_rank, "TILED_ROWS", 1)
+    monkeypatch.setattr(low_rank, "TILED_BLOCKS", 0)
+
+
+def some_tensors(dtype: torch.dtype, bias: bool = True) -> list[Any]:
+    """x [2, 35, 48], weight [40, 48], A, B, scaling and bias, of which all but the weight are trained."""
+    x, weight, lora_a, lora_b = (torch.randn(shape).to(dtype) for shape in ((2, 35, 48), (40, 48), (5, 48), (40, 5)))
+    added = torch.randn(40).to(dtype).requires_grad_() if bias else None
+    return [x.requires_grad_(), weight, lora_a.requires_grad_(), lora_b.requires_grad_(), 1.5, added]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of lora_linear from now on was short."""
+    found: list[bool] = []
+    attempt = lora_short.attempt
+
+    def seen(*arguments: Any) -> Tensor | None:
+        y = attempt(*arguments)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(lora_short, "attempt", seen)
+    return found
+
+
+def both(arguments: list[Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What `run` gives by the short way and by the long one."""
+    short = run(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_short, "attempt", lambda *arguments: None)
+        return short, run(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("trained", "bias"), [("bias", True), *product(("all", "x", "a", "b", "none"), (False, True))])
+def test_the_bits_of_the_long_way(
+    dtype: torch.dtype, trained: str, bias: bool, calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = some_tensors(dtype, bias)
+    tensors = dict(zip(("x", "weight", "a", "b", "scaling", "bias"), arguments, strict=True))
+    wanted = [name for name in ("x", "a", "b", "bias") if tensors[name] is not None and trained in (name, "all")]
+    for name in ("x", "a", "b", "bias"):
+        if tensors[name] is not None:
+            tensors[name].requires_grad_(name in wanted)
+    grad = torch.randn(2, 35, 40).to(dtype)
+
+    def run(*arguments: Any) -> list[Tensor]:
+        y = lora_linear(*arguments)
+        assert y.requires_grad == bool(wanted)
+        return [y, *(torch.autograd.grad(y, [tensors[name] for name in wanted], grad) if wanted else ())]
+
+    short, long = both(arguments, run, monkeypatch)
+    assert calls == [True]
+    for a, b in zip(short, long, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_are_not_packed(dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = some_tensors(dtype)
+    trained = [arguments[i] for i in (0, 2, 3, 5)]
+    grad = torch.randn(40, 35, 2).to(dtype).permute(2, 1, 0)
+
+    def run(*arguments: Any) -> Any:
+        return torch.autograd.grad(lora_linear(*arguments), trained, grad)
+
+    short, long = both(arguments, run, monkeypatch)
+    assert calls == [True]
+    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+
+
+def test_saves_what_the_long_way_does(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = some_tensors(torch.float32)
+
+    def run(*arguments: Any) -> int:
+        saved: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            saved[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            lora_linear(*arguments)
+        return sum(saved.values())
+
+    short, long = both(arguments, run, monkeypatch)
+    assert calls == [True]
+    assert short == long == 4 * (2 * 35 * (48 + 5) + 40 * 48 + 5 * 48 + 40 * 5)
+
+
+def test_is_differentiable_once() -> None:
+    arguments = some_tensors(torch.float32)
+    (grad,) = torch.autograd.grad(lora_linear(*arguments).square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_leaves_alone_what_it_cannot_do(calls: list[bool]) -> None:
+    x, weight, lora_a, lora_b, scaling, bias = some_tensors(torch.float32)
+    lora_linear(x, weight.requires_grad_(), lora_a, lora_b, scaling, bias)
+    weight = weight.detach()
+    lora_linear(x.transpose(0, 1), weight, lora_a, lora_b, scaling, bias)
+    lora_linear(x, weight, lora_a.double(), lora_b, scaling, bias)
+    lora_linear(x, weight, [lora_a, lora_a], [lora_b, lora_b], [scaling, scaling], bias)
+    lora_linear(x, nf4_quantize(weight), lora_a, lora_b, scaling, bias)
+    lora_linear(x, weight, lora_a, lora_b, scaling, bias, backend="reference")
+    with torch.autocast("cpu", BF16):
+        lora_linear(x, weight, lora_a, lora_b, scaling, bias)
+    assert calls == [False] * 7
+    torch.func.vmap(lambda x: x if lora_short.attempt(x, weight, lora_a, lora_b, scaling, bias, None) is None else 0)(x)
+    assert calls[7:] == [False]
+    with pytest.raises(ValueError, match="lora_linear: lora_b is"):
+        lora_linear(x, weight, lora_a, lora_b[:, :3], scaling, bias)
+
+
+def test_few_rows_take_the_reference(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lora_short.LEAST, "rows", 10**9)
+    arguments = some_tensors(torch.float32)
+    short, long = both(arguments, lora_linear, monkeypatch)
+    assert calls == [True]
+    torch.testing.assert_close(short, long, rtol=1e-6, atol=1e-5)
+    monkeypatch.setattr(products, "is_slow", lambda *arguments, **options: True)
+    lora_linear(*arguments)
+    assert calls == [True, False]
