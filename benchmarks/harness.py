@@ -469,14 +469,24 @@ def peak_extra_bytes(provider: Provider, device: str = "cpu") -> int:
 def allocated_bytes(provider: Provider) -> tuple[int, int]:
     """What PyTorch's CPU allocator hands out beyond what there was: at the peak, and while the result is alive."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else two lines on stderr for each profile
+    from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
+    from torch.profiler._utils import traverse_dfs
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = provider()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    events = [event for event in traverse_dfs(tree) if event.tag == _EventType.Allocation]
+    sizes: dict[int, int] = {}
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        # PyTorch keeps the sizes of one profile for the next: where the garbage collector frees what was there before
+        # this one, it reports a size of long ago. Only what was allocated here counts.
+        held -= sizes.pop(address, 0)
+        if size > 0:
+            sizes[address] = size
+            held += size
         peak = max(peak, held)
     del result
     return peak, held

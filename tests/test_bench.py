@@ -58,6 +58,18 @@ def test_rounds_go_on_until_the_time_is_spent() -> None:
     assert len(slow) > 5 and sum(slow[:-1]) < 20 <= sum(slow)
 
 
+def test_memory_that_was_there_before_counts_neither_when_it_is_freed() -> None:
+    before: list[Tensor] = []
+    assert harness.allocated_bytes(lambda: before.append(torch.empty(1000))) == (4000, 4000)
+
+    def provider() -> Tensor:
+        before.clear()
+        torch.empty(700)
+        return torch.empty(500)
+
+    assert harness.allocated_bytes(provider) == (2800, 2000)
+
+
 def test_median_and_percentiles() -> None:
     found = harness.summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
     assert found == {"ms": 3.5, "p20": 2.0, "p80": 5.0, "rounds": 6}

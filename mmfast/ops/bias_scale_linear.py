@@ -145,7 +145,7 @@ def _gains_a_product(call: Call) -> bool:
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     if not isinstance(call.weight, Tensor):
         return ()
-    if machine.device == "cpu" and _is_packed(*call[:5], None):
+    if machine.device == "cpu" and _lies_packed(call.x, call.weight, call.bias, call.scale, call.scale_on):
         return ()
     rows, (columns, features) = call.x.shape[:-1].numel(), call.weight.shape
     if machine.device == "cpu" and _gains_a_product(call):
@@ -168,6 +168,17 @@ def _is_packed(
         and backends.packed(backend, "*n *k nk= n=? n=", x, weight, bias, scale) >= 0
         and x.dtype == torch.float32
         and not (weight.requires_grad or torch._C._is_any_autocast_enabled())
+    )
+
+
+def _lies_packed(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, scale_on: str) -> bool:
+    """`_is_packed` of checked arguments, which need no memory."""
+    tensors = [tensor for tensor in (x, weight, bias, scale) if tensor is not None]
+    return (
+        scale_on == "output"
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and not (weight.requires_grad or torch._C._is_any_autocast_enabled())
+        and backends.lies_packed(*tensors)
     )
 
 

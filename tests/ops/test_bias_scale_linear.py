@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BACKENDS, DTYPES, FLOOR, INTERPRETED_DTYPES, KERNELS, TOLERANCE
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmfast.ops import (
     BackendUnavailable,
@@ -528,6 +529,27 @@ def test_packed_float32_calls_run_the_kernels_at_once(
     found = run(bias_scale_linear, arguments, needs)
     for name, expected in general.items():
         torch.testing.assert_close(found[name], expected)
+
+
+def test_a_plan_picks_what_a_call_picks() -> None:
+    """Tensors without memory, against what C++ reads of real ones."""
+    module, mode = sys.modules[OP.check.__module__], FakeTensorMode()
+    x, weight, bias, scale, _ = some((64, 128), 24)
+    cases = [
+        (True, (x, weight, bias, scale, "output")),
+        (True, (x.clone().requires_grad_(), weight, None, scale, "output")),
+        (False, (x.t().contiguous().t(), weight, bias, scale, "output")),
+        (False, (x, weight.clone().requires_grad_(), bias, scale, "output")),
+        (False, (x, weight, bias.half(), scale, "output")),
+        (False, (x, weight, bias, scale.repeat_interleave(2)[::2], "output")),
+        (False, some((64, 128), 24, dtype=torch.bfloat16)),
+        (False, some((64, 128), 24, "input")),
+    ]
+    for packed, (*tensors, scale_on) in cases:
+        fakes = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        assert module._is_packed(*tensors, scale_on, None) == packed
+        chosen = "cpu" if packed else "reference"
+        assert explain(bias_scale_linear, *fakes, scale_on).startswith(f"bias_scale_linear runs on: {chosen}\n")
 
 
 def test_strided_vectors_take_the_general_path() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from op_cases import DEVICES, TOLERANCE, case, dtypes_of, error, skip_if_lacking
 from torch import Tensor
 
+from mmfast.benchmarks.harness import peak_extra_bytes
 from mmfast.ops import BackendUnavailable, explain, extension, use_backend
 from mmfast.ops.backends import Machine
 from mmfast.ops.linear_cross_entropy import OP, check, linear_cross_entropy, reference
@@ -373,21 +374,8 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, reduction: str, trained: bool) 
         loss.sum().backward()
 
     gradients = hidden.nbytes + weight.nbytes * trained
-    assert peak_bytes(step) < 2**17 + 3 * gradients + 2**16 < 4 * len(hidden) * len(weight) / 4
+    assert peak_extra_bytes(step) < 2**17 + 3 * gradients + 2**16 < 4 * len(hidden) * len(weight) / 4
     assert sum(tensor.nbytes for tensor in saved) <= gradients + labels.nbytes + 16
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def test_is_deterministic(backend: str) -> None:

@@ -15,6 +15,7 @@ from op_cases import DEVICES, TOLERANCE, case, dtypes_of, error, skip_if_lacking
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmfast.benchmarks.harness import allocated_bytes
 from mmfast.ops import (
     BackendUnavailable,
     explain,
@@ -410,16 +411,8 @@ def test_memory_of_a_slow_16_bit_machine_is_bounded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(products, "BLOCK_ELEMENTS", 2**12)
     x, weight, a, b, _ = example((1024,), 256, 256, 4, torch.bfloat16)
     lora_linear(x, weight, a, b, 1.0, backend="cpu")
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        y = lora_linear(x, weight, a, b, 1.0, backend="cpu")
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert peak <= y.nbytes + 3 * 4 * 32 * 256 + 2**16 < 2 * y.nbytes
+    peak, kept = allocated_bytes(lambda: lora_linear(x, weight, a, b, 1.0, backend="cpu"))
+    assert peak <= kept + 3 * 4 * 32 * 256 + 2**16 < 2 * kept
 
 
 def test_is_deterministic(backend: str) -> None:
