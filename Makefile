@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Python compiles what it imports; to compile all that is installed takes a core most of a minute.
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 # Processes that share the tests. Each has the threads of all cores, so a waiting thread must not spin.
 WORKERS ?= auto
 # A folder of the checkout on sys.path would make `kernels/` importable under another package's name.
@@ -16,9 +18,8 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core pybind11 cmake ninja setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,triton,world]'
+	$(PIP) torch numpy scikit-build-core pybind11 cmake ninja setuptools
+	$(PIP) --no-build-isolation -e '.[test,triton,world]'
 	touch $@
 
 demo: env

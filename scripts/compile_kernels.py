@@ -2,12 +2,15 @@
 
 Prints for each: registers a thread, bytes spilled, shared memory, and whether a tensor-core instruction
 is there. Fails on a failed compile, on a spill, where a kernel that should use tensor cores does not, and where a
-Triton kernel's figures are not those of tests/guard/compile.json, which --accept replaces.
+Triton kernel's figures are not those of tests/guard/compile.json, which --accept replaces. A module of Triton kernels
+with the source, and the versions of the compiler, of its accepted figures would give them again: it is compiled with
+--all alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import os
 import re
@@ -40,16 +43,36 @@ class Row:
     error: str = ""
 
 
-def triton_rows() -> Iterator[Row]:
-    """Compiles every case that a module of kernels/ lists in `compile_cases()`, one on each core at a time."""
-    # Compilation is for real GPUs; the interpreter would replace the kernels by Python functions.
-    os.environ.pop("TRITON_INTERPRET", None)
+def sources() -> dict[str, str]:
+    """A digest for each module of kernels/ that lists cases in `compile_cases()`, of all that decides on their figures
+    besides the compiler: the kernels, what they inline, and how each case compiles them."""
+    return {path.stem: _source(path.stem) for path in sorted((ROOT / "kernels").glob("*.py")) if _cases(path.stem)}
+
+
+def _source(module: str) -> str:
+    digest = hashlib.sha256()
+    for case in _cases(module):
+        how = {name: value for name, value in case.items() if name not in ("fn", "signature", "constexprs", "attrs")}
+        digest.update(f"{_ast_source(case).hash()} {sorted(how.items())}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _ast_source(case: dict[str, Any]) -> Any:
+    from triton.compiler import ASTSource
+
+    return ASTSource(case["fn"], case["signature"], case["constexprs"], case.get("attrs"))
+
+
+def triton_rows(modules: Iterable[str]) -> Iterator[Row]:
+    """Compiles every case of these modules, one on each core at a time."""
     tasks = [
-        (path.stem, index, capability)
-        for path in sorted((ROOT / "kernels").glob("*.py"))
-        for index, case in enumerate(_cases(path.stem))
+        (module, index, capability)
+        for module in modules
+        for index, case in enumerate(_cases(module))
         for capability in case.get("capabilities", CAPABILITIES)
     ]
+    if not tasks:
+        return
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_triton_row, *zip(*tasks, strict=True))
 
@@ -63,14 +86,12 @@ def _cases(module: str) -> list[dict[str, Any]]:
 def _triton_row(module: str, index: int, capability: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     case = _cases(module)[index]
     row = Row(f"{module}: {case['name']}", f"sm_{capability}")
-    source = ASTSource(case["fn"], case["signature"], case["constexprs"], case.get("attrs"))
     options = {"num_warps": case["num_warps"], "num_stages": case.get("num_stages", 2)}
     try:
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        kernel = triton.compile(_ast_source(case), target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # any failure of the compiler is a finding, reported with its row
         row.error = str(error).strip().splitlines()[-1] or type(error).__name__
     else:
@@ -162,16 +183,35 @@ def triton_versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": found.group(1) if found else release.strip()}
 
 
-def compare(rows: list[Row], accept: bool) -> list[str]:
-    """What differs from the accepted table; with `accept`, which replaces it, nothing does."""
+def _records() -> Any:
     sys.path.insert(0, str(ROOT / "tests" / "shared"))
     from guarded import records
 
-    found = records.Record(triton_versions(), figures(rows))
+    return records
+
+
+def unchanged(found: dict[str, str]) -> set[str]:
+    """The modules whose accepted figures are of the `found` source and of these versions of the compiler."""
+    records = _records()
     accepted = records.load(records.COMPILED)
+    if accepted.versions != triton_versions():
+        return set()
+    return {module for module, source in found.items() if accepted.sources.get(module) == source}
+
+
+def compare(rows: list[Row], found_sources: dict[str, str], kept: set[str], accept: bool) -> list[str]:
+    """What differs from the accepted table; with `accept`, which replaces it, nothing does.
+
+    Args:
+        kept: modules that were not compiled, whose accepted rows hold.
+    """
+    records = _records()
+    accepted = records.load(records.COMPILED)
+    held = {name: row for name, row in accepted.rows.items() if name.partition(":")[0] in kept}
+    found = records.Record(triton_versions(), figures(rows) | held, found_sources)
     if accept:
         records.save(records.COMPILED, found)
-        print(f"{len(rows)} rows accepted in {records.shown(records.COMPILED)}")
+        print(f"{len(found.rows)} kernels accepted in {records.shown(records.COMPILED)}")
         return []
     if accepted.versions != found.versions:
         print(
@@ -200,19 +240,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-cuda", action="store_true", help="Triton kernels only")
     parser.add_argument("--accept", action="store_true", help="make the Triton kernels' figures the accepted ones")
+    parser.add_argument("--all", action="store_true", help="also the Triton kernels whose source is the accepted one")
     options = parser.parse_args()
+    # Compilation is for real GPUs; the interpreter would replace the kernels by Python functions.
+    os.environ.pop("TRITON_INTERPRET", None)
 
     print(f"{'kernel':<72} {'arch':<8} {'regs':>5} {'spill':>6} {'shared':>7}  tensor core")
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    triton = printed(triton_rows())
+    found = sources()
+    kept = set() if options.all else unchanged(found)
+    triton = printed(triton_rows([module for module in found if module not in kept]))
+    if kept:
+        print(f"not compiled again, for their source is that of the accepted figures: {', '.join(sorted(kept))}")
     cuda = printed(cuda_rows(nvcc)) if nvcc and not options.no_cuda else []
     if not nvcc:
         print("nvcc not found: the CUDA files were not compiled")
     bad = [row for row in triton + cuda if row.error or row.spilled]
     print(f"{len(triton) + len(cuda)} compiled, {len(bad)} bad")
-    if bad or not triton:
+    if bad or not found:
         return 1
-    return 1 if compare(triton, options.accept) else 0
+    return 1 if compare(triton, found, kept, options.accept) else 0
 
 
 if __name__ == "__main__":

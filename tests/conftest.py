@@ -25,7 +25,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Of minutes: what runs last keeps one process busy, and all others wait for it.
+LONGEST = ("train/test_compile.py", "train/test_processes.py", "test_import.py", "docs/test_commands.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device on this machine")

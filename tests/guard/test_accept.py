@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from guarded import records
@@ -84,14 +84,60 @@ def test_registers_are_compared_with_those_of_the_same_triton(
     compiler = script("compile_kernels")
     monkeypatch.setattr(records, "COMPILED", tmp_path / "compile.json")
     rows = [compiler.Row("swiglu: forward", "sm_90", 40, 0, 1024, False)]
-    assert compiler.compare(rows, accept=True) == []
+    assert compiler.compare(rows, {}, set(), accept=True) == []
     rows[0].registers = 48
     change = "swiglu: forward, sm_90: 40 registers, 1024 B shared -> 48 registers, 1024 B shared"
-    assert compiler.compare(rows, accept=False) == [change]
+    assert compiler.compare(rows, {}, set(), accept=False) == [change]
     assert "python scripts/compile_kernels.py --accept" in capsys.readouterr().out
     monkeypatch.setattr(compiler, "triton_versions", lambda: {"triton": "0"})
-    assert compiler.compare(rows, accept=False) == []
+    assert compiler.compare(rows, {}, set(), accept=False) == []
     assert "NOT COMPARED" in capsys.readouterr().out
+
+
+def test_kernels_of_accepted_source_and_versions_keep_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    compiler = script("compile_kernels")
+    monkeypatch.setattr(records, "COMPILED", tmp_path / "compile.json")
+    rows = [compiler.Row(name, "sm_90", 40) for name in ("rope: forward", "swiglu: backward", "swiglu: forward")]
+    sources = {"rope": "1", "swiglu": "2"}
+    assert compiler.unchanged(sources) == set()
+    compiler.compare(rows, sources, set(), accept=True)
+    assert compiler.unchanged(sources) == {"rope", "swiglu"}
+    changed = {"rope": "1", "swiglu": "3", "int8": "4"}
+    assert compiler.unchanged(changed) == {"rope"}
+    gone = "swiglu: backward, sm_90: 40 registers, 0 B shared -> nothing"
+    assert compiler.compare(rows[2:], changed, {"rope"}, accept=False) == [gone]
+    compiler.compare(rows[2:], changed, {"rope"}, accept=True)
+    assert records.load(records.COMPILED).rows.keys() == {"rope: forward", "swiglu: forward"}
+    assert compiler.unchanged(changed) == changed.keys()
+    monkeypatch.setattr(compiler, "triton_versions", lambda: {"triton": "0"})
+    assert compiler.unchanged(changed) == set()
+
+
+def test_a_source_is_all_that_a_kernel_is_compiled_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    compiler = script("compile_kernels")
+    kernel = SimpleNamespace(__name__="kernel", arg_names=["x", "size"], cache_key="its source and what it inlines")
+    case = {"name": "a", "fn": kernel, "signature": {"x": "*fp32", "size": "constexpr"}, "constexprs": {"size": 4}}
+    case |= {"attrs": {}, "num_warps": 4}
+    changes = [
+        {},
+        {"name": "b"},
+        {"fn": SimpleNamespace(**{**vars(kernel), "cache_key": "another source"})},
+        {"signature": {"x": "*fp16", "size": "constexpr"}},
+        {"constexprs": {"size": 8}},
+        {"attrs": {(0,): [["tt.divisibility", 16]]}},
+        {"num_warps": 8},
+        {"num_stages": 3},
+        {"capabilities": (90,)},
+    ]
+    digests = set()
+    for change in changes:
+        monkeypatch.setattr(compiler, "_cases", lambda module, made=case | change: [made])
+        digests.add(compiler._source("swiglu"))
+    assert len(digests) == len(changes)
 
 
 def test_two_forms_of_one_name_are_refused() -> None:

@@ -25,10 +25,12 @@ class Record:
     Attributes:
         versions: of the tools whose choices the figures depend on.
         rows: what was counted, by what it is of: a number, a list, or a (nested) dict of them.
+        sources: digests of what was counted, where figures of the same source and versions need no second count.
     """
 
     versions: dict[str, str] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def load(path: Path) -> Record:
@@ -38,8 +40,14 @@ def load(path: Path) -> Record:
 
 def save(path: Path, record: Record) -> None:
     """Writes a record atomically, a line for each row: a change shows as the lines that it changes."""
-    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(record.rows.items()))
-    write_atomically(path, f'{{"versions": {json.dumps(record.versions)},\n"rows": {{\n{rows}\n}}}}\n')
+    parts = {"sources": record.sources} if record.sources else {}
+    parts["rows"] = record.rows
+    tables = ",\n".join(f"{json.dumps(name)}: {{\n{_lines(table)}\n}}" for name, table in parts.items())
+    write_atomically(path, f'{{"versions": {json.dumps(record.versions)},\n{tables}}}\n')
+
+
+def _lines(table: dict[str, Any]) -> str:
+    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(table.items()))
 
 
 def differences(accepted: dict[str, Any], found: dict[str, Any], tolerance: float = 0.0) -> list[str]:
