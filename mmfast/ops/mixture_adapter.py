@@ -320,8 +320,10 @@ def _fits_one_expert(pattern: str, tensors: tuple[Tensor | None, ...], activatio
 def _is_small_float32(tensors: tuple[Any, ...], activation: str, backend: str | None) -> bool:
     """`_is_small` for one expert without a router where all is fp32 and `reference` casts nothing."""
     x = tensors[0]
+    if x.dtype != torch.float32:
+        return False
     elements = _fits_one_expert("*bh *bh rh= r=? 1hr= 1h=?", tensors, activation, backend)
-    return 0 <= elements < LEAST[_key(x, torch.is_grad_enabled())] and x.dtype == torch.float32
+    return 0 <= elements < LEAST[_key(x, torch.is_grad_enabled())]
 
 
 def _has_many_ranks(tensors: tuple[Any, ...], activation: str, backend: str | None) -> bool:
@@ -339,10 +341,11 @@ def _of_one_expert(
     scale: float,
     activation: str,
 ) -> Tensor:
-    """`reference` of one expert without a router; without gradients x is added where the update lies."""
+    """`reference` of one expert without a router; without gradients relu and the sum are made in place."""
     dtype = _product_dtype(x, down_weight.shape[0], torch.is_grad_enabled())
     wide, down_bias = x.to(dtype), None if down_bias is None else down_bias.to(dtype)
-    h = ACTIVATIONS[activation](F.linear(wide, down_weight.to(dtype), down_bias))
+    z = F.linear(wide, down_weight.to(dtype), down_bias)
+    h = z.relu_() if activation == "relu" and not z.requires_grad else ACTIVATIONS[activation](z)
     update = _single(h, up_weight.to(dtype), None if up_bias is None else up_bias.to(dtype))
     in_place = scale == 1 and not update.requires_grad
     return (update.add_(wide) if in_place else products.add_scaled(wide, update, scale)).to(x.dtype)
