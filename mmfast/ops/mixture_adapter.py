@@ -341,14 +341,18 @@ def _of_one_expert(
     scale: float,
     activation: str,
 ) -> Tensor:
-    """`reference` of one expert without a router; without gradients relu and the sum are made in place."""
-    dtype = _product_dtype(x, down_weight.shape[0], torch.is_grad_enabled())
+    """`reference` of one expert without a router; without gradients, in fewer passes."""
+    trained = torch.is_grad_enabled()
+    dtype = _product_dtype(x, down_weight.shape[0], trained)
     wide, down_bias = x.to(dtype), None if down_bias is None else down_bias.to(dtype)
     z = F.linear(wide, down_weight.to(dtype), down_bias)
-    h = z.relu_() if activation == "relu" and not z.requires_grad else ACTIVATIONS[activation](z)
-    update = _single(h, up_weight.to(dtype), None if up_bias is None else up_bias.to(dtype))
-    in_place = scale == 1 and not update.requires_grad
-    return (update.add_(wide) if in_place else products.add_scaled(wide, update, scale)).to(x.dtype)
+    h = z.relu_() if activation == "relu" and not trained else ACTIVATIONS[activation](z)
+    up, up_bias = up_weight.to(dtype), None if up_bias is None else up_bias.to(dtype)
+    if trained or scale != 1:
+        return products.add_scaled(wide, _single(h, up, up_bias), scale).to(x.dtype)
+    if products.multiplies_16_bit(dtype, "cpu"):
+        return products.linear_plus(h, up[0], None if up_bias is None else up_bias[0], wide)
+    return _single(h, up, up_bias).add_(wide).to(x.dtype)
 
 
 OP = Op(

@@ -88,6 +88,15 @@ def decodes(dtype: torch.dtype, backend: str) -> bool:
 _has_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    """x Wᵀ + bias + other, rounded once, on a CPU that `multiplies_16_bit` and where nobody asks for a gradient.
+
+    It is what Inductor makes of such a sum; the pass that adds takes a quarter of a product with 64 features.
+    """
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
+    return y
+
+
 def row_chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
     """The parts in which rows of x [M, K] are taken: all at once, unless they must be cast to `dtype`. Never none."""
     rows = x.shape[0]
