@@ -41,6 +41,9 @@ void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::opti
                          std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
                          std::optional<TensorView> grad_b, int threads);
 
+void lora_linear_rows_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
+                          std::optional<TensorView> bias, TensorView out, int threads, int vector_bits);
+
 void mixture_adapter_fwd_cpu(TensorView x, TensorView down, std::optional<TensorView> down_bias, TensorView up,
                              int64_t groups, int64_t downs, const std::string& activation,
                              std::optional<int64_t> seed, int64_t threshold, TensorView y,
@@ -273,6 +276,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_linear_bwd_cpu", &mmfast::lora_linear_bwd_cpu, py::arg("grad"), py::arg("x"), py::arg("s"),
         py::arg("weight"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("grad_x"), py::arg("grad_a"),
         py::arg("grad_b"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("lora_linear_rows_cpu", &mmfast::lora_linear_rows_cpu, py::arg("x"), py::arg("weight"), py::arg("a"),
+        py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("out"), py::arg("threads"),
+        py::arg("vector_bits") = 512, py::call_guard<py::gil_scoped_release>());
 
   m.def("low_rank_read", &mmfast::low_rank_read, py::arg("x"), py::arg("factors"), py::arg("s"), py::arg("scale"),
         py::arg("projected"), py::arg("outer"), py::arg("add"), py::arg("threads"),

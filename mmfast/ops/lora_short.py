@@ -1,4 +1,4 @@
-"""The short ways through `lora_linear` on a CPU, for one dense weight, one adapter and no dropout.
+"""The short ways through `lora_linear` on a CPU, for one adapter and no dropout.
 
 Python that runs between two large products is read from memory, for they leave nothing of it in the caches: what an
 op's check, its choice and its steps take so, 1 to 2 ms each way, is more than a small product does.
@@ -16,6 +16,9 @@ from mmfast.ops import backends, crossovers, extension, low_rank, products
 
 LEAST = crossovers.CPU.cpu("lora_linear")
 
+# Up to so many rows without a gradient, dot products with the rows of W read it as fast as memory gives it.
+MOST_DOTS = 2
+
 # By a name of its own: to look it up in a package, with caches cold, takes a part of a small call's time.
 _linear = F.linear
 
@@ -26,23 +29,60 @@ def attempt(
     """`lora_linear` where a check could find nothing and a short way serves; else None."""
     if not isinstance(scaling, float) or torch._C._is_any_autocast_enabled():
         return None
+    if not isinstance(weight, Tensor):
+        return _of_quantized_row(x, weight, lora_a, lora_b, scaling, bias, backend)
     rows = backends.fits(backend, "* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)
     if rows < 0 or len(lora_a) == 0:
         return None
-    arguments = x, weight, lora_a, lora_b, scaling, bias
+    arguments, tensors = (x, weight, lora_a, lora_b, scaling, bias), (x, weight, lora_a, lora_b, bias)
+    if (
+        0 < rows <= MOST_DOTS
+        and not _is_differentiated(*tensors)
+        and _takes_dots(x, lora_a, lora_b)
+        and backends.packed(backend, "* *k nk= rk nr n=?", *tensors) >= 0
+    ):
+        return _of_dots(*arguments)
     if rows < LEAST["rows"]:
         return None if products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()) else _of_few_rows(*arguments)
-    differentiated = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, lora_a, lora_b, bias)
-    )
+    differentiated = _is_differentiated(*tensors)
     if (
         weight.requires_grad
         or rows * len(weight) < LEAST["backward" if differentiated else "forward"]
-        or backends.packed(backend, "* *k nk= rk= nr= n=?", x, weight, lora_a, lora_b, bias) < 0
+        or backends.packed(backend, "* *k nk= rk= nr= n=?", *tensors) < 0
         or not (x.dtype == torch.float32 or _in_tiles(x, weight))
     ):
         return None
     return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _takes_dots(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    return lora_a.dtype == lora_b.dtype and lora_a.dtype in (x.dtype, torch.float32)
+
+
+def _of_dots(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """All in one kernel, rounded once."""
+    y, threads = x.new_empty((*x.shape[:-1], len(weight))), torch.get_num_threads()
+    extension.module().lora_linear_rows_cpu(x, weight, lora_a, lora_b, scaling, bias, y, threads)
+    return y
+
+
+def _of_quantized_row(
+    x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: float, bias: Tensor | None, backend: str | None
+) -> Tensor | None:
+    """The weight's own kernel for one row, to which the update is added."""
+    if backends.packed(backend, "* *k rk nr n=?", x, lora_a, lora_b, bias) != 1 or len(lora_a) == 0:
+        return None
+    if _is_differentiated(x, lora_a, lora_b, bias) or not _takes_dots(x, lora_a, lora_b):
+        return None
+    y, threads = x.new_empty((*x.shape[:-1], len(lora_b))), torch.get_num_threads()
+    if not extension.quantized_linear_row()(x, weight, None if bias is None else bias.float(), y, threads):
+        return None
+    extension.module().lora_linear_rows_cpu(x, None, lora_a, lora_b, scaling, None, y, threads)
+    return y
 
 
 def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None) -> Tensor:

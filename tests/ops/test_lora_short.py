@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.ops import extension, lora_linear, lora_short, low_rank, nf4_quantize, products
+from mmfast.ops import extension, int8_quantize, lora_short, low_rank, nf4_quantize, products
+from mmfast.ops.lora_linear import lora_linear, reference
 
 BF16 = torch.bfloat16
 DTYPES = [
@@ -26,6 +27,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels serve any size."""
     for key in ("rows", "forward", "backward"):
         monkeypatch.setitem(lora_short.LEAST, key, 1)
+    monkeypatch.setattr(lora_short, "MOST_DOTS", 0)
     monkeypatch.setattr(low_rank, "TILED_ROWS", 1)
     monkeypatch.setattr(low_rank, "TILED_BLOCKS", 0)
 
@@ -152,3 +154,69 @@ def test_few_rows_take_the_reference(calls: list[bool], monkeypatch: pytest.Monk
     monkeypatch.setattr(products, "is_slow", lambda *arguments, **options: True)
     lora_linear(*arguments)
     assert calls == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize(("rows", "features", "columns", "ranks"), [(1, 300, 70, 20), (2, 64, 33, 8), (1, 5, 1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_one_row_is_nearer_to_float64_than_eager(
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    columns: int,
+    ranks: int,
+    bias: bool,
+    wide: bool,
+    calls: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lora_short, "MOST_DOTS", 2)
+    shapes = (rows, 1, features), (columns, features), (ranks, features), (columns, ranks), (columns,)
+    x, weight, lora_a, lora_b, added = (torch.randn(shape).to(dtype) for shape in shapes)
+    if wide:
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    arguments = x, weight, lora_a, lora_b, 1.5, added if bias else None
+    doubles = (t.double() if isinstance(t, Tensor) else t for t in arguments)
+    exact, eager = reference(*doubles), reference(*arguments)
+    found = lora_linear(*arguments)
+    assert calls == [True] and found.shape == (rows, 1, columns) and found.dtype == dtype
+    # fp32 has two orders of one sum, of which neither is the nearer one.
+    allowed = 1e-5 * float(exact.norm()) if dtype == torch.float32 else float((eager - exact).norm())
+    assert float((found - exact).norm()) <= allowed
+    for bits in (0, 256):
+        narrow = torch.empty_like(found)
+        extension.module().lora_linear_rows_cpu(*arguments, narrow, 2, bits)
+        assert float((narrow - exact).norm()) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("quantize", [nf4_quantize, int8_quantize])
+def test_one_row_of_a_quantised_weight(
+    dtype: torch.dtype, quantize: Callable[..., Any], calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = quantize(torch.randn(48, 128))
+    x, lora_a, lora_b, bias = (torch.randn(shape).to(dtype) for shape in ((1, 1, 128), (4, 128), (48, 4), (48,)))
+    short, long = both([x, weight, lora_a, lora_b, 1.5, bias], lora_linear, monkeypatch)
+    assert calls == [True] and short.shape == long.shape and short.dtype == dtype
+    error = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float((short - long).norm()) <= error * float(long.norm())
+    # Two rows, a gradient, and a weight of another size are for others.
+    lora_linear(torch.cat([x, x]), weight, lora_a, lora_b, 1.5, bias)
+    lora_linear(x, weight, lora_a.requires_grad_(), lora_b, 1.5, bias)
+    assert calls == [True, False, False]
+    with pytest.raises(ValueError, match=r"lora_linear: weight is \[48, 128\] but x \[1, 1, 64\]"):
+        lora_linear(x[..., :64], weight, lora_a.detach()[:, :64].contiguous(), lora_b, 1.5, bias)
+
+
+def test_the_kernel_of_few_rows_refuses_what_does_not_fit() -> None:
+    x, weight, lora_a, lora_b, out = (torch.randn(shape) for shape in ((1, 8), (6, 8), (2, 8), (6, 2), (1, 6)))
+    kernel = extension.module().lora_linear_rows_cpu
+    with pytest.raises(ValueError, match=r"lora_linear: weight is .*; expected"):
+        kernel(x, weight[:, :7].contiguous(), lora_a, lora_b, 1.0, None, out, 2)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        kernel(x, weight.bfloat16(), lora_a, lora_b, 1.0, None, out, 2)
+    with pytest.raises(ValueError, match=r"a is float64\[2, 8\] and b .*; expected both float32 or float32"):
+        kernel(x, weight, lora_a.double(), lora_b.double(), 1.0, None, out, 2)
+    with pytest.raises(ValueError, match="bias comes with weight"):
+        kernel(x, None, lora_a, lora_b, 1.0, torch.zeros(6), out, 2)

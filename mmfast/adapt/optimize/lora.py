@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmfast.adapt.optimize.replacement import Forward, Replacement, is_bare_linear
 from mmfast.adapt.optimize.source import unlike
-from mmfast.ops import products
+from mmfast.ops import lora_short, products
 from mmfast.ops.lora_linear import LEAST, lora_linear
 
 # peft/tuners/lora/layer.py, Linear.
@@ -71,8 +71,11 @@ def _is_small(x: Tensor) -> bool:
     kind = x.device.type
     if kind != "cpu":
         return False
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     rows = x.numel() // max(x.shape[-1], 1)
+    if rows <= lora_short.MOST_DOTS and not (autocast or torch.is_grad_enabled()):
+        return False
     return rows < LEAST["rows"] and not products.is_slow(dtype, rows, grad=torch.is_grad_enabled())
 
 

@@ -46,6 +46,7 @@ WRITES = {
     "linear_cross_entropy_rows": "+logits losses correct",
     "lora_linear_bwd_cpu": "grad_x grad_a grad_b",
     "lora_linear_fwd_cpu": "s out",
+    "lora_linear_rows_cpu": "out",
     "low_rank_expand": "out",
     "low_rank_product": "out",
     "low_rank_read": "projected outer",
