@@ -262,6 +262,11 @@ def plain(tensors: tuple[Tensor | None, ...], backend: str | None) -> bool:
     return True
 
 
+# By names of their own: to look them up in a package, with caches cold, takes a part of a small call's time.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_cpp_fits, _cpp_packed = extension.fits, extension.packed
+
+
 def fits(backend: str | None, pattern: str, *tensors: Any) -> int:
     """What the first word of `pattern` counts, if a check of these tensors could find nothing; else -1.
 
@@ -277,9 +282,9 @@ def fits(backend: str | None, pattern: str, *tensors: Any) -> int:
             int64 instead of a floating one, and a last ? lets it be None. A linear layer, whose output is counted:
             "*n *k nk= n=?".
     """
-    if torch.compiler.is_compiling() or backend or _requested:
+    if backend or _requested or _is_compiling():
         return -1
-    return extension.fits()(pattern, *tensors)
+    return _cpp_fits()(pattern, *tensors)
 
 
 def packed(backend: str | None, pattern: str, *tensors: Any) -> int:
@@ -287,9 +292,9 @@ def packed(backend: str | None, pattern: str, *tensors: Any) -> int:
 
     Each is contiguous then, each * of a dtype that kernels have, and nobody is to hear of one (`extension.overheard`).
     """
-    if torch.compiler.is_compiling() or backend or _requested:
+    if backend or _requested or _is_compiling():
         return -1
-    return extension.packed()(pattern, *tensors)
+    return _cpp_packed()(pattern, *tensors)
 
 
 def lies_packed(*tensors: Tensor) -> bool:
