@@ -186,7 +186,13 @@ def _is_small(
     x: Tensor, weight: Any, bias: Tensor | None, scale: Tensor | None, scale_on: str, backend: str | None
 ) -> bool:
     """Whether `check` would find nothing and `OP.select` take the reference, in less time than these."""
-    if scale_on in PATTERNS:
+    if (
+        scale_on == "input"
+        and not torch.is_grad_enabled()
+        and backends.fits(backend, "*k *k nk= n=? k=", x, weight, bias, scale) >= 0
+    ):
+        small = True  # as `_nothing_to_gain` says
+    elif scale_on in PATTERNS:
         small = 0 <= backends.fits(backend, PATTERNS[scale_on], x, weight, bias, scale) < LEAST[scale_on]
     else:  # without a scale the reference is best at any size
         small = scale is None and scale_on == "none" and backends.fits(backend, "*n *k nk= n=?", x, weight, bias) >= 0

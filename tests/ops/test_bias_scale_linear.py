@@ -436,6 +436,18 @@ def test_small_calls_have_the_bits_of_the_reference(scale_on: str, vectors: torc
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_a_scale_on_the_input_goes_straight_to_the_reference_where_nobody_differentiates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = some((4, 16), 8, "input")
+    monkeypatch.setitem(LEAST, "input", 0)
+    monkeypatch.setattr(sys.modules[OP.check.__module__], "check", None)
+    with torch.no_grad():
+        assert torch.equal(bias_scale_linear(*arguments), reference(*arguments))
+    with pytest.raises(TypeError, match="not callable"):
+        bias_scale_linear(*arguments)
+
+
 # ---- the choice of a backend
 
 H200 = Machine("cuda", (9, 0))
