@@ -93,6 +93,8 @@ def assert_close(
             # A sum that may cancel: errors are measured by the sum of its terms' magnitudes.
             found["grad gate"][-1].append(gate_terms(double(draw), **options))
     dtype = draws[0]["query"].dtype
+    # Of many small tensors one has a largest number that eager rounds well, and ours to the number beside it.
+    unit = torch.finfo(dtype).eps if len(draws) > 1 else 0.0
     for name, results in found.items():
         ours, eager, exact, *terms = (torch.stack(each) for each in zip(*results, strict=True))
         if name == "grad gate":
@@ -105,7 +107,7 @@ def assert_close(
         elif name == "grad prompt_key" and draws[0]["prompt_key"].shape[-2] == 1:
             assert ours.eq(0).all()  # in `exact` it is what roundings leave of 0
         else:
-            assert_as_near(ours, eager, exact, dtype)
+            assert_as_near(ours, eager, exact, dtype, unit)
 
 
 def gate_terms(tensors: dict[str, Tensor], grad: Tensor, gate_activation: str = "tanh", **options: Any) -> Tensor:
