@@ -68,6 +68,10 @@ def _fast(dtype: torch.dtype, trained: bool, device: str) -> bool:
     return not _slow(dtype, trained, device)
 
 
+def _calls_sgemm(dtype: torch.dtype, trained: bool, device: str) -> bool:
+    return device == "cpu" and products.calls_sgemm()
+
+
 def _no_matrix(dtype: torch.dtype, trained: bool, device: str) -> bool:
     return not only_reference_has_matrix(dtype, trained, device)
 
@@ -101,17 +105,35 @@ def _mixture_adapter(size: int, dtype: torch.dtype, device: str) -> Arguments:
     return x, *(_some(*shape, dtype=torch.float32, device=device) for shape in shapes)
 
 
-def _lora_linear(rows: int, columns: int, features: int, dtype: torch.dtype, device: str) -> Arguments:
-    shapes = (rows, features), (columns, features), (8, features), (columns, 8)
+def _lora_linear(rows: int, columns: int, features: int, dtype: torch.dtype, device: str, ranks: int = 8) -> Arguments:
+    shapes = (rows, features), (columns, features), (ranks, features), (columns, ranks)
     return *(_some(*shape, dtype=dtype, device=device) for shape in shapes), 2.0
 
 
-def _long_lora(rows: int, dtype: torch.dtype, device: str) -> Arguments:
+def _packed_lora(rows: int, dtype: torch.dtype, device: str) -> Arguments:
     return _lora_linear(rows, 1024, 512, dtype, device)
 
 
+def _long_lora(rows: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _unpacked(_packed_lora(rows, dtype, device))
+
+
 def _wide_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
-    return _lora_linear(1024, size // 1024, 256, dtype, device)
+    return _unpacked(_lora_linear(1024, size // 1024, 256, dtype, device))
+
+
+def _unpacked(arguments: Arguments) -> Arguments:
+    """The same with the first tensor as a part of a larger one."""
+    x, *rest = arguments
+    return torch.cat([x, x], -1)[..., : x.shape[-1]], *rest
+
+
+def _ranked_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _lora_linear(512, 1024, 512, dtype, device, 512 // size)
+
+
+def _narrow_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _lora_linear(128, size // 128, 128, dtype, device)
 
 
 def _lora_product(size: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -194,6 +216,10 @@ LADDERS = (
     Ladder("mixture_adapter", "32-bit backward", 13, 21, _mixture_adapter, (torch.float32,), YES, (0, 1, 2, 3, 4, 5)),
     Ladder("mixture_adapter", "16-bit forward", 13, 20, _mixture_adapter, HALVES),
     Ladder("mixture_adapter", "16-bit backward", 13, 20, _mixture_adapter, HALVES, YES, (0, 1, 2, 3, 4, 5)),
+    Ladder("lora_linear", "packed rows", 4, 10, _packed_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
+    Ladder("lora_linear", "packed rows per rank", 0, 6, _ranked_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
+    Ladder("lora_linear", "packed forward", 11, 18, _narrow_lora, fits=_calls_sgemm),
+    Ladder("lora_linear", "packed backward", 11, 18, _narrow_lora, trained=YES, train=(0, 2, 3), fits=_calls_sgemm),
     Ladder("lora_linear", "rows", 6, 11, _long_lora, FLOATS, BOTH, (0, 2, 3), _fast),
     Ladder("lora_linear", "forward", 15, 22, _wide_lora, FLOATS, fits=_fast),
     Ladder("lora_linear", "backward", 15, 22, _wide_lora, FLOATS, YES, (0, 2, 3), _fast),

@@ -4,6 +4,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/low_rank.h"
+#include "cpu/sgemm.h"
 #include "tensor_view.h"
 #include "torch_tensor.h"
 
@@ -233,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.def("has_amx", &mmfast::has_amx);
   m.def("has_avx512", &mmfast::has_avx512);
+  m.def("has_sgemm", &mmfast::has_sgemm);
 #ifdef MMFAST_WITH_CUDA
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = MMFAST_CUDA_ARCHITECTURES;

@@ -149,6 +149,7 @@ struct Sizes {
       int64_t one = 1, &known = word[i] == '1' ? one : letters[word[i] - 'a'];
       if (known != -1 && known != tensor.shape[before + i]) return false;
       known = tensor.shape[before + i];
+      if (known == 0) return false;
     }
     return true;
   }

@@ -1,4 +1,4 @@
-// All that is around the large product of a packed LoRA linear, or with the weight the product too, in one call each way:
+// All that is around the large product of a packed LoRA linear, or with the weight that product too, in one call each way:
 // what runs in Python between two products that empty the caches is read from memory, which takes as long as a pass.
 #include <memory>
 #include <optional>
@@ -8,6 +8,7 @@
 #include "low_rank.h"
 #include "matrix.h"
 #include "scalars.h"
+#include "sgemm.h"
 
 namespace mmfast {
 namespace {
@@ -25,16 +26,16 @@ std::optional<TensorView> transposed(std::optional<TensorView> matrix) {
 
 }  // namespace
 
-// s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight (bfloat16,
-// AMX) it is added here. Of x [..., K], weight [N, K], a [R, K], b [N, R] and bias [N].
+// s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight (fp32 where
+// `has_sgemm`, bfloat16 with AMX) it is added here. Of x [..., K], weight [N, K], a [R, K], b [N, R] and bias [N].
 void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
                          std::optional<TensorView> bias, TensorView s, TensorView out, int threads) {
   to_matrix(x), to_matrix(out);
   low_rank_read(x, a, std::nullopt, 1.0f, s, std::nullopt, false, threads);
-  if (weight)
-    low_rank_product(x, transposed(*std::move(weight)), s, transposed(b), scaling, bias, out, threads);
-  else
-    low_rank_expand(s, transposed(b), scaling, bias, out, threads);
+  if (weight && x.dtype != DType::f32)
+    return low_rank_product(x, transposed(*std::move(weight)), s, transposed(b), scaling, bias, out, threads);
+  low_rank_expand(s, transposed(b), scaling, bias, out, threads);
+  if (weight) sgemm_add(x, *weight, true, out);
 }
 
 // With ds [rows, R] = scaling · grad b: grad_b [N, R] = scaling · gradᵀ s and grad_a [R, K] = dsᵀ x in fp32, and grad_x
@@ -52,10 +53,11 @@ void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::opti
     check(x.has_value(), "lora_linear: grad_a needs x");
     low_rank_read(*x, std::nullopt, ds, 1.0f, std::nullopt, grad_a, false, threads);
   }
-  if (grad_x && weight)
-    low_rank_product(grad, *weight, ds, a, 1.0f, std::nullopt, *grad_x, threads);
-  else if (grad_x)
-    low_rank_expand(ds, a, 1.0f, std::nullopt, *grad_x, threads);
+  if (!grad_x) return;
+  if (weight && grad.dtype != DType::f32)
+    return low_rank_product(grad, *weight, ds, a, 1.0f, std::nullopt, *grad_x, threads);
+  low_rank_expand(ds, a, 1.0f, std::nullopt, *grad_x, threads);
+  if (weight) sgemm_add(grad, *weight, false, *grad_x);
 }
 
 }  // namespace mmfast

@@ -4,6 +4,7 @@
 #include "low_rank.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -12,14 +13,12 @@
 #include "../tensor_view.h"
 #include "scalars.h"
 #include "sixteen.h"
-#include "stream.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int MOST_ROWS = 12;     // of all Kernels
-constexpr int64_t STEP = 64;      // columns between two requests for the rows that come next
-constexpr int64_t WIDTH = 256;    // columns whose sums over all rows, 16 KiB, stay near while the rows pass by
+constexpr int64_t WIDTH = 2048;  // columns whose factors and sums, 128 KiB each for 16 ranks, stay near as rows pass by
+constexpr int64_t BLOCK = 64;    // columns whose sums a thread adds up at a time
 
 // A matrix in which both strides count.
 struct Strided {
@@ -32,104 +31,125 @@ struct Strided {
 
 Strided strided(const TensorView& x) { return {x.as<float>(), x.stride(0), x.stride(1)}; }
 
+// 16 numbers in one line of the caches: a vector that lies in two takes twice the time.
+struct alignas(64) Line {
+  float at[LANES];
+};
+
+std::unique_ptr<Line[]> lines(int64_t count) { return std::make_unique_for_overwrite<Line[]>(count); }
+
+int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+MMFAST_CLONES void add_to(Line* sums, const Line* more, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t r = 0; r < LANES; ++r) sums[i].at[r] += more[i].at[r];
+}
+
 // What is worth a second thread, in multiplications.
 int threads_for(int64_t work, int threads) {
   return static_cast<int>(std::clamp<int64_t>(work >> 18, 1, threads));
 }
 
-// factors [ranks, columns] as [tiles of 16 ranks, columns, 16], scaled, zero beyond the ranks.
-std::unique_ptr<float[]> pack(const Strided& factors, int64_t ranks, int64_t columns, float scale) {
-  const int64_t tiles = (ranks + LANES - 1) / LANES;
-  auto packed = std::make_unique<float[]>(tiles * columns * LANES);
-  for (int64_t r = 0; r < ranks; ++r) {
-    float* tile = packed.get() + r / LANES * columns * LANES + r % LANES;
-    for (int64_t j = 0; j < columns; ++j) tile[j * LANES] = factors.at(r, j) * scale;
+// A matrix [count, ranks] as `tiles` times 16 numbers for each of count, zero beyond the ranks: it itself if it lies in
+// memory so, or a copy.
+class Sixteens {
+ public:
+  Sixteens(const Strided& source, int64_t count, int64_t ranks)
+      : source_(source), count_(count), ranks_(ranks), tiles_(divide_up(ranks, LANES)) {
+    const bool lies = source.column == 1 && source.row == ranks && ranks % LANES == 0;
+    if (!lies) copy_ = lines(count * tiles_);
+    data_ = lies ? source.data : copy_[0].at;
   }
-  return packed;
-}
 
-// The loops for `count` rows: ROWS at once, or fewer one by one.
+  // All threads of a team call it.
+  void make() {
+    if (!copy_) return;
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < count_; start += LANES) {  // rows of few numbers each: lines of a column can collide
+      float* const to = copy_[start * tiles_].at;
+      const int64_t width = tiles_ * LANES, count = std::min(LANES, count_ - start);
+      for (int64_t r = 0; r < width; ++r)
+        for (int64_t i = 0; i < count; ++i) to[i * width + r] = r < ranks_ ? source_.at(start + i, r) : 0.0f;
+    }
+  }
+
+  const float* at(int64_t i) const { return data_ + i * tiles_ * LANES; }
+
+ private:
+  Strided source_;
+  int64_t count_, ranks_, tiles_;
+  std::unique_ptr<Line[]> copy_;
+  const float* data_;
+};
+
+// The loops for `count` rows: ROWS at once, then a third of them, then one by one. Of factors, s, `outer` and `sums`
+// every `step`-th vector of 16 is meant.
 template <typename L, int ROWS>
 struct Loops {
-  MMFAST_INLINE static void project(const float* x, int64_t stride, const float* tile, int64_t columns, int64_t count,
-                                    float* sums) {
-    const auto* from = reinterpret_cast<const L*>(tile);
-    auto* to = reinterpret_cast<L*>(sums);
-    for (int64_t j = 0; j < columns; j += STEP) {
-      const int64_t width = std::min(STEP, columns - j);
-      prefetch_next(x + j, stride);
-      if (count == ROWS)
-        project_rows(Each<ROWS>(), x + j, stride, from + j, width, to);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          project_rows(Each<1>(), x + i * stride + j, stride, from + j, width, to + i);
-    }
+  template <typename Part>
+  MMFAST_INLINE static void each(int64_t count, Part part) {
+    int64_t i = 0;
+    if (count == ROWS) return part(Each<ROWS>(), i);
+    for (; i + ROWS / 3 <= count; i += ROWS / 3) part(Each<ROWS / 3>(), i);
+    for (; i < count; ++i) part(Each<1>(), i);
   }
 
-  MMFAST_INLINE static void outer(const float* x, int64_t stride, const float* s, float* tile, int64_t columns,
-                                  int64_t count) {
-    const auto* factors = reinterpret_cast<const L*>(s);
-    auto* to = reinterpret_cast<L*>(tile);
-    for (int64_t j = 0; j < columns; j += STEP) {
-      const int64_t width = std::min(STEP, columns - j);
-      prefetch_next(x + j, stride);
-      if (count == ROWS)
-        outer_rows(Each<ROWS>(), x + j, stride, factors, to + j, width);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          outer_rows(Each<1>(), x + i * stride + j, stride, factors + i, to + j, width);
-    }
-  }
-
-  // Brings in what the rows after these have in the columns of a step: the hardware's own prefetching ends with a page
-  // of 4 KiB.
-  MMFAST_INLINE static void prefetch_next(const float* x, int64_t stride) {
-    for (int64_t i = ROWS; i < 2 * ROWS; ++i) prefetch(x + i * stride, STEP);
+  // With factors: sums [count] += x factorsᵀ; with s: outer [columns] += xᵀ s.
+  MMFAST_INLINE static void read(const float* x, int64_t stride, const float* factors, const float* s, float* outer,
+                                 int64_t columns, int64_t count, float* sums, int64_t step) {
+    const auto *of_columns = reinterpret_cast<const L*>(factors), *of_rows = reinterpret_cast<const L*>(s);
+    auto *to = reinterpret_cast<L*>(outer), *found = reinterpret_cast<L*>(sums);
+    if (factors && s && L::IS_ONE_REGISTER)
+      return each(count, [&](auto rows, int64_t i) __attribute__((always_inline)) {
+        project_and_outer_rows(rows, x + i * stride, stride, of_columns, of_rows + i * step, to, columns,
+                               found + i * step, step);
+      });
+    if (factors)
+      each(count, [&](auto rows, int64_t i) __attribute__((always_inline)) {
+        project_rows(rows, x + i * stride, stride, of_columns, columns, found + i * step, step, step);
+      });
+    if (s)
+      each(count, [&](auto rows, int64_t i) __attribute__((always_inline)) {
+        outer_rows(rows, x + i * stride, stride, of_rows + i * step, to, columns, step, step);
+      });
   }
 
   // s [count, ranks]; tiles [columns / 16, ranks + 1, 16], of which the last row of each is where the sums start.
   MMFAST_INLINE static void expand(const float* s, const float* tiles, int64_t ranks, float* out, int64_t out_stride,
                                    int64_t columns, int64_t count) {
-    const auto* tile = reinterpret_cast<const L*>(tiles);
-    for (int64_t j = 0; j < columns; j += LANES, tile += ranks + 1) {
-      L sums[ROWS];
-      if (count == ROWS)
-        expand_rows(Each<ROWS>(), s, ranks, tile, ranks, tile[ranks], sums);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          expand_rows(Each<1>(), s + i * ranks, ranks, tile, ranks, tile[ranks], sums + i);
-      if (j + LANES <= columns)
-        for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * out_stride + j, sums + i, sizeof(L));
-      else
-        for (int64_t i = 0; i < count; ++i)
-          std::memcpy(out + i * out_stride + j, sums + i, (columns - j) * sizeof(float));
-    }
+    each(count, [&](auto rows, int64_t i) __attribute__((always_inline)) {
+      constexpr int64_t some = rows.size();
+      const auto* tile = reinterpret_cast<const L*>(tiles);
+      float* const to = out + i * out_stride;
+      int64_t j = 0;
+      for (; j + LANES <= columns; j += LANES, tile += ranks + 1)
+        expand_rows(rows, s + i * ranks, ranks, tile, ranks, tile[ranks], to + j, out_stride);
+      if (j == columns) return;
+      float last[some * LANES];
+      expand_rows(rows, s + i * ranks, ranks, tile, ranks, tile[ranks], last, LANES);
+      for (int64_t k = 0; k < some; ++k) std::copy_n(last + k * LANES, columns - j, to + k * out_stride + j);
+    });
   }
 };
 
 // The loops as they were compiled for one kind of CPU, and the rows that pass through them together.
 struct Kernels {
   int rows;
-  decltype(&Loops<Halves, 1>::project) project;
-  decltype(&Loops<Halves, 1>::outer) outer;
-  decltype(&Loops<Halves, 1>::expand) expand;
+  decltype(&Loops<Halves, 6>::read) read;
+  decltype(&Loops<Halves, 6>::expand) expand;
 };
 
-#define MMFAST_KERNELS(NAME, LANES_TYPE, ROWS, TARGET)                                                              \
-  TARGET void project_##NAME(const float* x, int64_t stride, const float* tile, int64_t columns, int64_t count,     \
-                             float* sums) {                                                                         \
-    Loops<LANES_TYPE, ROWS>::project(x, stride, tile, columns, count, sums);                                      \
-  }                                                                                                                 \
-  TARGET void outer_##NAME(const float* x, int64_t stride, const float* s, float* tile, int64_t columns,            \
-                           int64_t count) {                                                                         \
-    Loops<LANES_TYPE, ROWS>::outer(x, stride, s, tile, columns, count);                                           \
-  }                                                                                                                 \
-  TARGET void expand_##NAME(const float* s, const float* tiles, int64_t ranks, float* out, int64_t out_stride,      \
-                            int64_t columns, int64_t count) {                                                       \
-    Loops<LANES_TYPE, ROWS>::expand(s, tiles, ranks, out, out_stride, columns, count);                            \
-  }                                                                                                                 \
-  constexpr Kernels NAME = {ROWS, project_##NAME, outer_##NAME, expand_##NAME};                                     \
-  static_assert(ROWS <= MOST_ROWS && RUN % ROWS == 0);
+#define MMFAST_KERNELS(NAME, LANES_TYPE, ROWS, TARGET)                                                               \
+  TARGET void read_##NAME(const float* x, int64_t stride, const float* factors, const float* s, float* outer,        \
+                          int64_t columns, int64_t count, float* sums, int64_t step) {                               \
+    Loops<LANES_TYPE, ROWS>::read(x, stride, factors, s, outer, columns, count, sums, step);                         \
+  }                                                                                                                  \
+  TARGET void expand_##NAME(const float* s, const float* tiles, int64_t ranks, float* out, int64_t out_stride,       \
+                            int64_t columns, int64_t count) {                                                        \
+    Loops<LANES_TYPE, ROWS>::expand(s, tiles, ranks, out, out_stride, columns, count);                               \
+  }                                                                                                                  \
+  constexpr Kernels NAME = {ROWS, read_##NAME, expand_##NAME};                                                       \
+  static_assert(RUN % ROWS == 0);
 
 MMFAST_KERNELS(baseline, Halves, 6, )
 #if defined(__x86_64__)
@@ -174,61 +194,70 @@ void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optiona
   check(x.dtype == DType::f32, "low_rank_read: x is ", x, "; expected float32 or bfloat16");
 
   const Kernels& loops = kernels();
-  const int64_t tiles = (ranks + LANES - 1) / LANES, slices = s ? (columns + WIDTH - 1) / WIDTH : 1;
-  const auto packed = factors ? pack(strided(*factors), ranks, columns, scale) : nullptr;
-  const auto packed_s = s ? pack(strided(*s).transposed(), ranks, rows, scale) : nullptr;
-  // Of `projected`: sums over each slice of the columns, [slices, rows, tiles, 16].
-  const auto sums = std::make_unique_for_overwrite<float[]>(factors ? slices * rows * tiles * LANES : 0);
-  const auto project = [&](int64_t slice, int64_t first, int64_t start, int64_t width) {
-    const int64_t count = std::min<int64_t>(loops.rows, rows - first);
-    for (int64_t t = 0; t < tiles; ++t) {  // the rows of x come from cache after the first tile
-      float found[MOST_ROWS][LANES] = {};
-      loops.project(x.as<float>() + first * x.stride(0) + start, x.stride(0),
-                    packed.get() + (t * columns + start) * LANES, width, count, found[0]);
-      for (int64_t i = 0; i < count; ++i)
-        std::memcpy(&sums[((slice * rows + first + i) * tiles + t) * LANES], found[i], sizeof(found[i]));
+  const int64_t tiles = divide_up(ranks, LANES), panels = divide_up(rows, loops.rows);
+  const int64_t width = std::max(WIDTH / std::max<int64_t>(tiles, 1), RUN);
+  // What one thread takes at a time. The sums over the rows of a part are added up apart, so the size alone decides how
+  // many there are; without such sums any cut will do.
+  const int64_t parts = s ? std::bit_floor<uint64_t>(std::clamp<int64_t>(panels / 8, std::min<int64_t>(panels, 4), 32))
+                          : std::min<int64_t>(panels, 4 * threads);
+  const auto start_of = [&](int64_t part) { return std::min(rows, panels * part / parts * loops.rows); };
+  std::optional<Sixteens> of_columns, of_rows;
+  if (factors) of_columns.emplace(strided(*factors).transposed(), columns, ranks);
+  if (s) of_rows.emplace(strided(*s), rows, ranks);
+  const auto sums = lines(s ? parts * columns * tiles : 0);  // [parts, columns, tiles]
+
+  // A run of rows of a part: `found` [rows, tiles] is room for what is projected, `near` [width, tiles] for `outer`.
+  const auto read_run = [&](int64_t part, int64_t run, int64_t stop, Line* found, Line* near) {
+    const bool is_first = run == start_of(part);
+    if (factors) std::memset(found, 0, (stop - run) * tiles * sizeof(Line));
+    for (int64_t start = 0; start < columns; start += width) {
+      const int64_t count = std::min(width, columns - start), size = s ? count * tiles : 0;
+      Line* const total = sums.get() + (s ? (part * columns + start) * tiles : 0);
+      Line* const outer_sums = is_first ? total : near;
+      std::memset(outer_sums, 0, size * sizeof(Line));
+      for (int64_t i = run; i < stop; i += loops.rows)
+        for (int64_t j = 0; j < count; j += RUN)
+          for (int64_t t = 0; t < tiles; ++t)  // after the first tile x comes from cache
+            loops.read(x.as<float>() + i * x.stride(0) + start + j, x.stride(0),
+                       factors ? of_columns->at(start + j) + t * LANES : nullptr,
+                       s ? of_rows->at(i) + t * LANES : nullptr, s ? outer_sums[j * tiles + t].at : nullptr,
+                       std::min(RUN, count - j), std::min<int64_t>(loops.rows, stop - i),
+                       factors ? found[(i - run) * tiles + t].at : nullptr, tiles);
+      if (!is_first) add_to(total, near, size);
     }
+    for (int64_t i = run; factors && i < stop; ++i)
+      for (int64_t r = 0; r < ranks; ++r)
+        strided(*projected).at(i, r) = found[(i - run) * tiles + r / LANES].at[r % LANES] * scale;
   };
-  const auto read_slice = [&](int64_t slice) {
-    const int64_t start = slice * WIDTH, width = std::min(WIDTH, columns - start), size = tiles * WIDTH * LANES;
-    const auto all = std::make_unique<float[]>(size), part = std::make_unique_for_overwrite<float[]>(size);
-    for (int64_t run = 0; run < rows; run += RUN) {
-      const int64_t last = std::min(rows, run + RUN);
-      std::fill_n(part.get(), size, 0.0f);
-      for (int64_t first = run; first < last; first += loops.rows) {
-        if (factors) project(slice, first, start, width);
-        for (int64_t t = 0; t < tiles; ++t)
-          loops.outer(x.as<float>() + first * x.stride(0) + start, x.stride(0),
-                      packed_s.get() + (t * rows + first) * LANES, &part[t * WIDTH * LANES], width,
-                      std::min<int64_t>(loops.rows, last - first));
-      }
-      for (int64_t i = 0; i < size; ++i) all[i] += part[i];
-    }
+  const auto add_up = [&](int64_t start, Line* total) {
+    const int64_t count = std::min(BLOCK, columns - start);
+    std::memset(total, 0, count * tiles * sizeof(Line));
+    for (int64_t part = 0; part < parts; ++part)
+      add_to(total, &sums[(part * columns + start) * tiles], count * tiles);
     const Strided target = strided(*outer);
-    for (int64_t r = 0; r < ranks; ++r)
-      for (int64_t j = 0; j < width; ++j) {
-        const float sum = all[(r / LANES * WIDTH + j) * LANES + r % LANES];
-        target.at(r, start + j) = add ? target.at(r, start + j) + sum : sum;
-      }
+    const auto put = [&](int64_t r, int64_t j) {
+      const float sum = total[j * tiles + r / LANES].at[r % LANES] * scale;
+      target.at(r, start + j) = add ? target.at(r, start + j) + sum : sum;
+    };
+    if (target.row == 1)
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t r = 0; r < ranks; ++r) put(r, j);
+    else
+      for (int64_t r = 0; r < ranks; ++r)
+        for (int64_t j = 0; j < count; ++j) put(r, j);
   };
 #pragma omp parallel num_threads(threads_for(rows * columns * ranks, threads))
   {
+    const auto found = lines(factors ? RUN * tiles : 0), near = lines(s ? std::max(width, BLOCK) * tiles : 0);
+    if (factors) of_columns->make();
+    if (s) of_rows->make();
+#pragma omp for schedule(static)
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t run = start_of(part), end = start_of(part + 1); run < end; run += RUN)
+        read_run(part, run, std::min(end, run + RUN), found.get(), near.get());
     if (s) {
 #pragma omp for schedule(static)
-      for (int64_t slice = 0; slice < slices; ++slice) read_slice(slice);
-    } else {
-#pragma omp for schedule(static)
-      for (int64_t first = 0; first < rows; first += loops.rows) project(0, first, 0, columns);
-    }
-    if (factors) {
-      const Strided target = strided(*projected);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t r = 0; r < ranks; ++r) {
-          float sum = 0.0f;
-          for (int64_t slice = 0; slice < slices; ++slice) sum += sums[(slice * rows + i) * tiles * LANES + r];
-          target.at(i, r) = sum;
-        }
+      for (int64_t start = 0; start < columns; start += BLOCK) add_up(start, near.get());
     }
   }
 }
@@ -243,23 +272,26 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
   expect_matrix("out", out, DType::f32, rows, columns, true);
   if (bias) bias->expect("bias", DType::f32, {columns});
   const Strided source = strided(factors), from = strided(s);
-  const int64_t tiles = (columns + LANES - 1) / LANES, size = (ranks + 1) * LANES;
-  const auto packed = std::make_unique<float[]>(tiles * size);
-  for (int64_t r = 0; r < ranks; ++r)
-    for (int64_t j = 0; j < columns; ++j)
-      packed[j / LANES * size + r * LANES + j % LANES] = source.at(r, j) * scale;
-  for (int64_t j = 0; bias && j < columns; ++j)
-    packed[j / LANES * size + ranks * LANES + j % LANES] = bias->as<float>()[j];
   const Kernels& loops = kernels();
+  const auto packed = lines(divide_up(columns, LANES) * (ranks + 1));
+  const auto pack = [&](int64_t start) {
+    Line* const to = &packed[start / LANES * (ranks + 1)];
+    const int64_t count = std::min(LANES, columns - start);
+    for (int64_t r = 0; r < ranks; ++r)
+      for (int64_t j = 0; j < LANES; ++j) to[r].at[j] = j < count ? source.at(r, start + j) * scale : 0.0f;
+    for (int64_t j = 0; j < LANES; ++j) to[ranks].at[j] = bias && j < count ? bias->as<float>()[start + j] : 0.0f;
+  };
 #pragma omp parallel num_threads(threads_for(rows * columns * ranks, threads))
   {
     const auto few = std::make_unique_for_overwrite<float[]>(loops.rows * ranks);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < columns; start += LANES) pack(start);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rows; first += loops.rows) {
       const int64_t count = std::min<int64_t>(loops.rows, rows - first);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t r = 0; r < ranks; ++r) few[i * ranks + r] = from.at(first + i, r);
-      loops.expand(few.get(), packed.get(), ranks, out.as<float>() + first * out.stride(0), out.stride(0), columns,
+      loops.expand(few.get(), packed[0].at, ranks, out.as<float>() + first * out.stride(0), out.stride(0), columns,
                    count);
     }
   }

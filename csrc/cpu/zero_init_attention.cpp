@@ -71,15 +71,14 @@ struct Loops {
   // to [count, round_up(dim)] = weights factors
   MMFAST_INLINE static void expand(const float* weights, const float* factors, int64_t prompts, int64_t dim,
                                    int64_t count, float* to) {
-    const int64_t tiles = round_up(dim) / LANES;
-    for (int64_t j = 0; j < tiles; ++j) {
-      const auto* tile = reinterpret_cast<const L*>(factors) + j * prompts;
-      auto* sums = reinterpret_cast<L*>(to) + j;
+    const int64_t width = round_up(dim);
+    for (int64_t j = 0; j < width; j += LANES) {
+      const auto* tile = reinterpret_cast<const L*>(factors) + j / LANES * prompts;
       if (count == ROWS)
-        expand_rows(Each<ROWS>(), weights, WIDTH, tile, prompts, L{}, sums, tiles);
+        expand_rows(Each<ROWS>(), weights, WIDTH, tile, prompts, L{}, to + j, width);
       else
         for (int64_t i = 0; i < count; ++i)
-          expand_rows(Each<1>(), weights + i * WIDTH, WIDTH, tile, prompts, L{}, sums + i * tiles);
+          expand_rows(Each<1>(), weights + i * WIDTH, WIDTH, tile, prompts, L{}, to + i * width + j, width);
     }
   }
 

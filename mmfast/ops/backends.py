@@ -277,7 +277,8 @@ def fits(backend: str | None, pattern: str, *tensors: Any) -> int:
     Args:
         backend: the public function's argument.
         pattern: what is counted, then a word for each tensor. A word is a letter for each dimension, which stands for
-            a size, the same wherever it is met; 1 is one; * in front is any other dimensions, the same in every word;
+            a size, the same wherever it is met and not 0; 1 is one; * in front is any other dimensions, the same in
+            every word;
             ~ in front lets it be one number, [] or [1], as well. Behind it = demands the dtype of the first tensor, #
             int64 instead of a floating one, and a last ? lets it be None. A linear layer, whose output is counted:
             "*n *k nk= n=?".

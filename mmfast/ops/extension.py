@@ -121,6 +121,13 @@ def has_avx512() -> bool:
     return found is not None and found.has_avx512()
 
 
+@cache
+def has_sgemm() -> bool:
+    """Whether C++ can call the product of fp32 matrices that PyTorch uses on a CPU."""
+    found, _ = _load()
+    return found is not None and found.has_sgemm()
+
+
 # The marker that torch.compiler.assume_constant_result sets; calling that would import all of Dynamo.
 has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 has_avx512._dynamo_marked_constant = True  # type: ignore[attr-defined]

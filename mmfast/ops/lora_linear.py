@@ -200,8 +200,30 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return Size("rows", rows, "the number of rows is {}"), Size(key, rows * columns, "rows · N is {}")
 
 
+def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
+    """What `lora_short` counts of packed fp32 tensors, where it can take them all; else as of siblings."""
+    tensors = [call.x, *call.weights, *call.lora_as, *call.lora_bs, *call.biases]
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if (
+        machine.device != "cpu"
+        or call.dropout
+        or not isinstance(call.weights[0], Tensor)
+        or call.weights[0].requires_grad
+        or any(tensor.dtype != torch.float32 for tensor in given)
+        or not backends.lies_packed(*given)  # before what is asked of C++: torch.compile ends here
+        or not products.calls_sgemm()
+    ):
+        return _sizes(call, machine)
+    rows, columns, ranks = call.x.shape[:-1].numel(), call.weights[0].shape[0], call.lora_as[0].shape[0]
+    return (
+        Size("packed rows", rows, "the number of rows is {}"),
+        Size("packed rows per rank", rows // ranks, "the number of rows for each rank is {}"),
+        Size(f"packed {'backward' if call.differentiated else 'forward'}", rows * columns, "rows · N is {}"),
+    )
+
+
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))
-OP = Op("lora_linear", check, BACKENDS, _sizes)
+OP = Op("lora_linear", check, BACKENDS, _linear_sizes)
 GROUP = Op("lora_linear_group", check_group, BACKENDS, _sizes, measured_as="lora_linear")
 
 

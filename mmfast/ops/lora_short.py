@@ -31,32 +31,36 @@ def attempt(
         return None
     if not isinstance(weight, Tensor):
         return _of_quantized_row(x, weight, lora_a, lora_b, scaling, bias, backend)
-    rows = backends.fits(backend, "* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)
-    if rows < 0 or len(lora_a) == 0:
-        return None
     arguments, tensors = (x, weight, lora_a, lora_b, scaling, bias), (x, weight, lora_a, lora_b, bias)
-    if (
-        0 < rows <= MOST_DOTS
-        and not _is_differentiated(*tensors)
-        and _takes_dots(x, lora_a, lora_b)
-        and backends.packed(backend, "* *k nk= rk nr n=?", *tensors) >= 0
-    ):
-        return _of_dots(*arguments)
-    if rows < LEAST["rows"]:
-        return None if products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()) else _of_few_rows(*arguments)
+    rows = backends.packed(backend, "* *k nk= rk= nr= n=?", *tensors)
+    is_packed = rows >= 0
+    if not is_packed and (rows := backends.fits(backend, "* *k nk= rk nr n?", *tensors)) < 0:
+        return None
     differentiated = _is_differentiated(*tensors)
     if (
-        weight.requires_grad
-        or rows * len(weight) < LEAST["backward" if differentiated else "forward"]
-        or backends.packed(backend, "* *k nk= rk= nr= n=?", *tensors) < 0
-        or not (x.dtype == torch.float32 or _in_tiles(x, weight))
+        0 < rows <= MOST_DOTS
+        and not differentiated
+        and _takes_dots(x, lora_a, lora_b)
+        and (is_packed or backends.packed(backend, "* *k nk= rk nr n=?", *tensors) >= 0)
     ):
-        return None
-    return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
+        return _of_dots(*arguments)
+    if is_packed and not weight.requires_grad and _is_faster(rows, x, weight, lora_a, differentiated):
+        return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
+    if rows < LEAST["rows"] and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()):
+        return _of_few_rows(*arguments)
+    return None
+
+
+def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentiated: bool) -> bool:
+    """Whether one call of C++ each way is, for packed tensors."""
+    size, way = rows * len(weight), "backward" if differentiated else "forward"
+    if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and products.calls_sgemm():
+        return rows >= len(lora_a) * LEAST["packed rows per rank"] and size >= LEAST[f"packed {way}"]
+    return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _takes_dots(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
@@ -74,7 +78,7 @@ def _of_quantized_row(
     x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: float, bias: Tensor | None, backend: str | None
 ) -> Tensor | None:
     """The weight's own kernel for one row, to which the update is added."""
-    if backends.packed(backend, "* *k rk nr n=?", x, lora_a, lora_b, bias) != 1 or len(lora_a) == 0:
+    if backends.packed(backend, "* *k rk nr n=?", x, lora_a, lora_b, bias) != 1:
         return None
     if _is_differentiated(x, lora_a, lora_b, bias) or not _takes_dots(x, lora_a, lora_b):
         return None
@@ -103,12 +107,13 @@ def _forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and s [rows, R]."""
-    y, matrix = x.new_empty((*x.shape[:-1], weight.shape[0])), x.flatten(0, -2)
-    s, tiled = x.new_empty((matrix.shape[0], lora_a.shape[0])), x.dtype != torch.float32
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    s = x.new_empty((x.numel() // x.shape[-1], lora_a.shape[0]))
+    with_weight = x.dtype != torch.float32 or products.calls_sgemm()
     kernel, threads = extension.module().lora_linear_fwd_cpu, torch.get_num_threads()
-    kernel(x, weight if tiled else None, lora_a, lora_b, scaling, bias, s, y, threads)
-    if not tiled:
-        products.linear(y.flatten(0, -2), matrix, [weight], "cpu", add=True)
+    kernel(x, weight if with_weight else None, lora_a, lora_b, scaling, bias, s, y, threads)
+    if not with_weight:
+        products.linear(y.flatten(0, -2), x.flatten(0, -2), [weight], "cpu", add=True)
     return y, s
 
 
@@ -140,21 +145,22 @@ class _Packed(torch.autograd.Function):
             grad_a = torch.empty(lora_a.shape) if need_a else None
             grad_b = torch.empty(lora_b.shape) if need_b else None
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32) if need_bias else None
-            tiled = grad.dtype != torch.float32
+            with_weight = grad.dtype != torch.float32 or products.calls_sgemm()
             kernel, threads = extension.module().lora_linear_bwd_cpu, torch.get_num_threads()
-            parts = x, s, weight if tiled else None, lora_a, lora_b, ctx.scaling, grad_x, grad_a, grad_b
+            parts = x, s, weight if with_weight else None, lora_a, lora_b, ctx.scaling, grad_x, grad_a, grad_b
             if need_x or need_a or need_b:
                 kernel(grad, *parts, threads)
-            if grad_x is not None and not tiled:
+            if grad_x is not None and not with_weight:
                 products.linear_grad(grad_x.flatten(0, -2), grad.flatten(0, -2), [weight], "cpu", add=True)
-        return (
+        gradients = [
             grad_x if need_x else None,
-            None,
-            grad_a.to(lora_a.dtype) if need_a else None,
-            grad_b.to(lora_b.dtype) if need_b else None,
-            None,
-            grad_bias.to(grad.dtype) if need_bias else None,
-        )
+            grad_a if need_a else None,
+            grad_b if need_b else None,
+            grad_bias if need_bias else None,
+        ]
+        if grad.dtype != torch.float32:  # a cast to the dtype that it has would take each through the dispatcher
+            gradients = [None if gradient is None else gradient.to(grad.dtype) for gradient in gradients]
+        return gradients[0], None, gradients[1], gradients[2], None, gradients[3]
 
 
 _APPLY = backends.straight(_Packed)

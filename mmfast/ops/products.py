@@ -73,6 +73,23 @@ def _has_products(dtype: torch.dtype) -> bool:
     return _found[dtype]
 
 
+def calls_sgemm() -> bool:
+    """Whether C++ makes a product of packed fp32 matrices on a CPU as PyTorch would: by its SGEMM.
+
+    Not where the user lets PyTorch make them in bf16 (`torch.set_float32_matmul_precision`).
+    """
+    return extension.has_sgemm() and _fp32_precision() in ("none", "ieee")
+
+
+def _fp32_precision() -> str:
+    if _asks_of_mkldnn is not None:  # PyTorch 2.9
+        return _asks_of_mkldnn("mkldnn", "matmul")  # type: ignore[no-any-return]
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "bf16"
+
+
+_asks_of_mkldnn = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
 def has_tiles(dtype: torch.dtype, backend: str) -> bool:
     """Whether `backend` has kernels that multiply this dtype in tiles: bfloat16 on a CPU with AMX."""
     return backend == "cpu" and dtype == torch.bfloat16 and extension.has_amx()

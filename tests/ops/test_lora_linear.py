@@ -19,6 +19,7 @@ from mmfast.benchmarks.harness import allocated_bytes
 from mmfast.ops import (
     BackendUnavailable,
     explain,
+    extension,
     int8_quantize,
     low_rank,
     nf4_quantize,
@@ -524,24 +525,62 @@ def test_selection(machine: Machine, dtype: torch.dtype, expected: str) -> None:
     assert GROUP.select(check_group(x, [weight], [a], [b], [1.0]), machine) == expected
 
 
+@pytest.mark.parametrize("sgemm", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "trained", "expected"),
+    ("rows", "columns", "trained", "expected", "expected_packed"),
     [
-        (256, 4096, True, "reference"),
-        (512, 256, True, "reference"),
-        (512, 512, True, "cpu"),
-        (512, 512, False, "reference"),
-        (1024, 512, False, "cpu"),
+        (32, 4096, True, "reference", "reference"),
+        (64, 128, True, "reference", "cpu"),
+        (64, 512, False, "reference", "cpu"),
+        (64, 256, False, "reference", "reference"),
+        (512, 256, True, "reference", "cpu"),
+        (512, 512, True, "cpu", "cpu"),
+        (512, 512, False, "reference", "cpu"),
+        (1024, 512, False, "cpu", "cpu"),
     ],
 )
-def test_small_calls_are_left_to_the_reference(rows: int, columns: int, trained: bool, expected: str) -> None:
+def test_small_calls_are_left_to_the_reference(
+    rows: int,
+    columns: int,
+    trained: bool,
+    expected: str,
+    expected_packed: str,
+    sgemm: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extension, "has_sgemm", lambda: sgemm)
     x, weight, a, b, _ = example((rows,), 8, columns)
-    call = check(x, weight, a.requires_grad_(trained), b, 1.0)
-    assert OP.select(call, CPU) == expected
-    assert OP.select(call, CPU, "cpu") == "cpu"
-    assert OP.select(call, GPU) == "triton"
-    if expected == "reference":
-        assert "the reference is faster" in explain(lora_linear, x, weight, a, b, 1.0)
+    a.requires_grad_(trained)
+    for matrix, chosen in ((x, expected_packed if sgemm else expected), (torch.cat([x, x], 1)[:, :8], expected)):
+        call = check(matrix, weight, a, b, 1.0)
+        assert OP.select(call, CPU) == chosen
+        assert OP.select(call, CPU, "cpu") == "cpu"
+        assert OP.select(call, GPU) == "triton"
+        if chosen == "reference":
+            assert "the reference is faster" in explain(lora_linear, matrix, weight, a, b, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({}, "packed rows"),
+        ({"dropout": 0.5}, "rows"),
+        ({"dtype": torch.float16}, "rows"),
+        ({"precision": "bf16"}, "rows"),
+        ({"train_weight": True}, "rows"),
+    ],
+)
+def test_what_is_counted_of_a_packed_call(change: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "has_sgemm", lambda: True)
+    monkeypatch.setattr(products, "_has_products", lambda dtype: True)
+    monkeypatch.setattr(products, "_fp32_precision", lambda: change.get("precision", "none"))
+    x, weight, a, b, _ = example((64,), 16, 32, dtype=change.get("dtype", torch.float32))
+    weight.requires_grad_("train_weight" in change)
+    call = check(x, weight, a, b, 1.0, dropout=change.get("dropout", 0.0))
+    sizes = {size.key: size.size for size in OP.sizes(call, CPU)}
+    assert key in sizes
+    if key == "packed rows":
+        assert sizes[key] == 64 and sizes["packed rows per rank"] == 64 // a.shape[0]
 
 
 def test_where_the_reference_would_be_slow_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

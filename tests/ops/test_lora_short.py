@@ -25,7 +25,7 @@ if extension.missing("cpu"):
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels serve any size."""
-    for key in ("rows", "forward", "backward"):
+    for key in lora_short.LEAST:
         monkeypatch.setitem(lora_short.LEAST, key, 1)
     monkeypatch.setattr(lora_short, "MOST_DOTS", 0)
     monkeypatch.setattr(low_rank, "TILED_ROWS", 1)
@@ -62,6 +62,16 @@ def both(arguments: list[Any], run: Callable[..., Any], monkeypatch: pytest.Monk
         return short, run(*arguments)
 
 
+@pytest.fixture(params=[True, False], ids=["sgemm", "addmm"])
+def sgemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether C++ calls PyTorch's product of fp32 matrices, or Python does."""
+    if request.param and not extension.has_sgemm():
+        pytest.skip("PyTorch's library exports no SGEMM_64")
+    monkeypatch.setattr(extension, "has_sgemm", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("sgemm")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("trained", "bias"), [("bias", True), *product(("all", "x", "a", "b", "none"), (False, True))])
 def test_the_bits_of_the_long_way(
@@ -87,6 +97,7 @@ def test_the_bits_of_the_long_way(
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("sgemm")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_that_are_not_packed(dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some_tensors(dtype)
@@ -99,6 +110,30 @@ def test_gradients_that_are_not_packed(dtype: torch.dtype, calls: list[bool], mo
     short, long = both(arguments, run, monkeypatch)
     assert calls == [True]
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_that_the_user_allows(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "has_sgemm", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert products.calls_sgemm() == (precision == "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_sgemm_refuses_what_is_not_its_own() -> None:
+    """C++ reads no memory beyond a matrix, whatever Python hands it."""
+    if not extension.has_sgemm():
+        pytest.skip("PyTorch's library exports no SGEMM_64")
+    x, weight, lora_a, lora_b, scaling, _ = some_tensors(torch.float32, bias=False)
+    s, y = torch.empty(70, 5), torch.empty(70, 40)
+    call = extension.module().lora_linear_fwd_cpu
+    matrix = x.detach().flatten(0, 1)
+    for wrong in (weight[:, :-1], weight.t().contiguous().t(), weight.double(), weight[:-1].contiguous()):
+        with pytest.raises(ValueError, match="w "):
+            call(matrix, wrong, lora_a.detach(), lora_b.detach(), scaling, None, s, y, 2)
 
 
 def test_saves_what_the_long_way_does(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +181,8 @@ def test_leaves_alone_what_it_cannot_do(calls: list[bool]) -> None:
 
 
 def test_few_rows_take_the_reference(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lora_short.LEAST, "rows", 10**9)
+    for key in ("rows", "packed rows"):
+        monkeypatch.setitem(lora_short.LEAST, key, 10**9)
     arguments = some_tensors(torch.float32)
     short, long = both(arguments, lora_linear, monkeypatch)
     assert calls == [True]
