@@ -58,14 +58,14 @@ class Sixteens {
       : source_(source), count_(count), ranks_(ranks), tiles_(divide_up(ranks, LANES)) {
     const bool lies = source.column == 1 && source.row == ranks && ranks % LANES == 0;
     if (!lies) copy_ = lines(count * tiles_);
-    data_ = lies ? source.data : copy_[0].at;
+    data_ = lies ? source.data : reinterpret_cast<const float*>(copy_.get());
   }
 
   // All threads of a team call it.
   void make() {
     if (!copy_) return;
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < count_; start += LANES) {  // rows of few numbers each: lines of a column can collide
+    for (int64_t start = 0; start < count_; start += LANES) {  // a line of each rank, which is read once
       float* const to = copy_[start * tiles_].at;
       const int64_t width = tiles_ * LANES, count = std::min(LANES, count_ - start);
       for (int64_t r = 0; r < width; ++r)
@@ -196,9 +196,10 @@ void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optiona
   const Kernels& loops = kernels();
   const int64_t tiles = divide_up(ranks, LANES), panels = divide_up(rows, loops.rows);
   const int64_t width = std::max(WIDTH / std::max<int64_t>(tiles, 1), RUN);
-  // What one thread takes at a time. The sums over the rows of a part are added up apart, so the size alone decides how
-  // many there are; without such sums any cut will do.
-  const int64_t parts = s ? std::bit_floor<uint64_t>(std::clamp<int64_t>(panels / 8, std::min<int64_t>(panels, 4), 32))
+  // What one thread takes at a time. The sums over the rows of a part are an array of their own, a quarter of x's size
+  // in all, so the size alone decides how many there are; without such sums any cut will do.
+  const int64_t few = std::min<int64_t>(panels, 4), fitting = rows / (64 * std::max<int64_t>(tiles, 1));
+  const int64_t parts = s ? std::bit_floor<uint64_t>(std::clamp<int64_t>(std::min(panels / 8, fitting), few, 32))
                           : std::min<int64_t>(panels, 4 * threads);
   const auto start_of = [&](int64_t part) { return std::min(rows, panels * part / parts * loops.rows); };
   std::optional<Sixteens> of_columns, of_rows;

@@ -60,7 +60,7 @@ def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentia
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _takes_dots(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:

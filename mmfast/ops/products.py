@@ -81,13 +81,13 @@ def calls_sgemm() -> bool:
     return extension.has_sgemm() and _fp32_precision() in ("none", "ieee")
 
 
+_ask_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
 def _fp32_precision() -> str:
-    if _asks_of_mkldnn is not None:  # PyTorch 2.9
-        return _asks_of_mkldnn("mkldnn", "matmul")  # type: ignore[no-any-return]
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "bf16"
-
-
-_asks_of_mkldnn = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if _ask_precision is not None:
+        return str(_ask_precision("mkldnn", "matmul"))
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "bf16"  # before PyTorch 2.9
 
 
 def has_tiles(dtype: torch.dtype, backend: str) -> bool:

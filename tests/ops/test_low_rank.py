@@ -25,8 +25,10 @@ in_tiles = pytest.mark.skipif(NO_TILES is not None, reason=NO_TILES or "")
 # As it is on this CPU, and as on one without AMX.
 KINDS = [pytest.param(FP32, True, id="fp32"), pytest.param(BF16, True, id="bf16-tiles", marks=in_tiles)]
 KINDS += [pytest.param(BF16, False, id="bf16-pytorch")]
-# Rows, features, columns and ranks: one of each; odd; whole tiles; several slices and panels; many ranks; none.
+# Rows, features, columns and ranks: one of each; odd; whole tiles; several slices and panels; many ranks; more columns
+# than pass together; parts of several runs; none.
 SHAPES = [(1, 1, 1, 1), (5, 33, 17, 3), (64, 64, 96, 16), (70, 600, 1030, 17), (290, 140, 40, 130)]
+SHAPES += [(30, 2100, 2500, 16), (1000, 40, 30, 70)]
 SHAPES += [(0, 8, 8, 2), (3, 0, 4, 2), (3, 4, 0, 2)]
 
 
