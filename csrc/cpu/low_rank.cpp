@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "../tensor_view.h"
+#include "matrix.h"
 #include "scalars.h"
 #include "sixteen.h"
 
@@ -20,25 +21,12 @@ namespace {
 constexpr int64_t WIDTH = 2048;  // columns whose factors and sums, 128 KiB each for 16 ranks, stay near as rows pass by
 constexpr int64_t BLOCK = 64;    // columns whose sums a thread adds up at a time
 
-// A matrix in which both strides count.
-struct Strided {
-  float* data;
-  int64_t row, column;
-
-  float& at(int64_t i, int64_t j) const { return data[i * row + j * column]; }
-  Strided transposed() const { return {data, column, row}; }
-};
-
-Strided strided(const TensorView& x) { return {x.as<float>(), x.stride(0), x.stride(1)}; }
-
 // 16 numbers in one line of the caches: a vector that lies in two takes twice the time.
 struct alignas(64) Line {
   float at[LANES];
 };
 
 std::unique_ptr<Line[]> lines(int64_t count) { return std::make_unique_for_overwrite<Line[]>(count); }
-
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 MMFAST_CLONES void add_to(Line* sums, const Line* more, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -54,7 +42,7 @@ int threads_for(int64_t work, int threads) {
 // memory so, or a copy.
 class Sixteens {
  public:
-  Sixteens(const Strided& source, int64_t count, int64_t ranks)
+  Sixteens(const Strided<float>& source, int64_t count, int64_t ranks)
       : source_(source), count_(count), ranks_(ranks), tiles_(divide_up(ranks, LANES)) {
     const bool lies = source.column == 1 && source.row == ranks && ranks % LANES == 0;
     if (!lies) copy_ = lines(count * tiles_);
@@ -69,14 +57,14 @@ class Sixteens {
       float* const to = copy_[start * tiles_].at;
       const int64_t width = tiles_ * LANES, count = std::min(LANES, count_ - start);
       for (int64_t r = 0; r < width; ++r)
-        for (int64_t i = 0; i < count; ++i) to[i * width + r] = r < ranks_ ? source_.at(start + i, r) : 0.0f;
+        for (int64_t i = 0; i < count; ++i) to[i * width + r] = r < ranks_ ? source_.number(start + i, r) : 0.0f;
     }
   }
 
   const float* at(int64_t i) const { return data_ + i * tiles_ * LANES; }
 
  private:
-  Strided source_;
+  Strided<float> source_;
   int64_t count_, ranks_, tiles_;
   std::unique_ptr<Line[]> copy_;
   const float* data_;
@@ -203,8 +191,8 @@ void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optiona
                           : std::min<int64_t>(panels, 4 * threads);
   const auto start_of = [&](int64_t part) { return std::min(rows, panels * part / parts * loops.rows); };
   std::optional<Sixteens> of_columns, of_rows;
-  if (factors) of_columns.emplace(strided(*factors).transposed(), columns, ranks);
-  if (s) of_rows.emplace(strided(*s), rows, ranks);
+  if (factors) of_columns.emplace(Strided<float>(*factors).transposed(), columns, ranks);
+  if (s) of_rows.emplace(Strided<float>(*s), rows, ranks);
   const auto sums = lines(s ? parts * columns * tiles : 0);  // [parts, columns, tiles]
 
   // A run of rows of a part: `found` [rows, tiles] is room for what is projected, `near` [width, tiles] for `outer`.
@@ -226,19 +214,22 @@ void low_rank_read(TensorView x, std::optional<TensorView> factors, std::optiona
                        factors ? found[(i - run) * tiles + t].at : nullptr, tiles);
       if (!is_first) add_to(total, near, size);
     }
-    for (int64_t i = run; factors && i < stop; ++i)
+    if (!factors) return;
+    const Strided<float> into(*projected);
+    for (int64_t i = run; i < stop; ++i)
       for (int64_t r = 0; r < ranks; ++r)
-        strided(*projected).at(i, r) = found[(i - run) * tiles + r / LANES].at[r % LANES] * scale;
+        into.number(i, r) = found[(i - run) * tiles + r / LANES].at[r % LANES] * scale;
   };
   const auto add_up = [&](int64_t start, Line* total) {
     const int64_t count = std::min(BLOCK, columns - start);
     std::memset(total, 0, count * tiles * sizeof(Line));
     for (int64_t part = 0; part < parts; ++part)
       add_to(total, &sums[(part * columns + start) * tiles], count * tiles);
-    const Strided target = strided(*outer);
+    const Strided<float> target(*outer);
     const auto put = [&](int64_t r, int64_t j) {
       const float sum = total[j * tiles + r / LANES].at[r % LANES] * scale;
-      target.at(r, start + j) = add ? target.at(r, start + j) + sum : sum;
+      float& found = target.number(r, start + j);
+      found = add ? found + sum : sum;
     };
     if (target.row == 1)
       for (int64_t j = 0; j < count; ++j)
@@ -272,14 +263,14 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
   expect_matrix("factors", factors, DType::f32, ranks, columns, false);
   expect_matrix("out", out, DType::f32, rows, columns, true);
   if (bias) bias->expect("bias", DType::f32, {columns});
-  const Strided source = strided(factors), from = strided(s);
+  const Strided<float> source(factors), from(s);
   const Kernels& loops = kernels();
   const auto packed = lines(divide_up(columns, LANES) * (ranks + 1));
   const auto pack = [&](int64_t start) {
     Line* const to = &packed[start / LANES * (ranks + 1)];
     const int64_t count = std::min(LANES, columns - start);
     for (int64_t r = 0; r < ranks; ++r)
-      for (int64_t j = 0; j < LANES; ++j) to[r].at[j] = j < count ? source.at(r, start + j) * scale : 0.0f;
+      for (int64_t j = 0; j < LANES; ++j) to[r].at[j] = j < count ? source.number(r, start + j) * scale : 0.0f;
     for (int64_t j = 0; j < LANES; ++j) to[ranks].at[j] = bias && j < count ? bias->as<float>()[start + j] : 0.0f;
   };
 #pragma omp parallel num_threads(threads_for(rows * columns * ranks, threads))
@@ -291,7 +282,7 @@ void low_rank_expand(TensorView s, TensorView factors, float scale, std::optiona
     for (int64_t first = 0; first < rows; first += loops.rows) {
       const int64_t count = std::min<int64_t>(loops.rows, rows - first);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t r = 0; r < ranks; ++r) few[i * ranks + r] = from.at(first + i, r);
+        for (int64_t r = 0; r < ranks; ++r) few[i * ranks + r] = from.number(first + i, r);
       loops.expand(few.get(), packed[0].at, ranks, out.as<float>() + first * out.stride(0), out.stride(0), columns,
                    count);
     }

@@ -1,4 +1,4 @@
-// Matrices of any float dtype whose rows are packed, and the choice of a C++ type by a dtype.
+// Matrices of any float dtype, with packed rows or any strides, and the choice of a C++ type by a dtype.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +28,21 @@ template <typename T>
 Matrix<T> matrix(const std::optional<TensorView>& view) {
   return view ? matrix<T>(*view) : Matrix<T>{nullptr, 0};
 }
+
+// A matrix in which both strides count.
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t row, column;
+
+  explicit Strided(const TensorView& x) : Strided(x.as<T>(), x.stride(0), x.stride(1)) {}
+  Strided(T* data, int64_t row, int64_t column) : data(data), row(row), column(column) {}
+
+  Strided at(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
+  T& number(int64_t i, int64_t j) const { return data[i * row + j * column]; }
+  Strided transposed() const { return {data, column, row}; }
+  bool rows_are_packed(int64_t columns) const { return column == 1 || columns <= 1; }
+};
 
 // Makes a matrix of a packed view [..., columns]; leaves any other view as it is.
 inline void to_matrix(TensorView& view) {
@@ -59,6 +74,8 @@ void with_scalar(const char* op, DType dtype, F run) {
     default: check(false, op, ": no kernel for ", name_of(dtype));
   }
 }
+
+inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
 // How many of `threads` are worth starting for a pass over so many elements.
 inline int worthwhile_threads(int64_t elements, int threads) {

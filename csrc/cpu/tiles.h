@@ -6,6 +6,7 @@
 
 #include "../tensor_view.h"
 #include "amx.h"
+#include "matrix.h"
 #include "scalars.h"
 
 #ifdef MMFAST_AMX
@@ -20,22 +21,6 @@ struct alignas(64) Tile {
 
   float* sums() { return reinterpret_cast<float*>(rows); }
 };
-
-// A matrix in which both strides count.
-template <typename T>
-struct Strided {
-  T* data;
-  int64_t row, column;
-
-  explicit Strided(const TensorView& x) : Strided(x.as<T>(), x.stride(0), x.stride(1)) {}
-  Strided(T* data, int64_t row, int64_t column) : data(data), row(row), column(column) {}
-
-  Strided at(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
-  Strided transposed() const { return {data, column, row}; }
-  bool rows_are_packed(int64_t columns) const { return column == 1 || columns <= 1; }
-};
-
-inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
 // Tiles 0 to 3, [4, 16, 16] floats in memory.
 MMFAST_AMX MMFAST_INLINE void load_sums(const float* sums) {
