@@ -4,6 +4,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/low_rank.h"
+#include "cpu/product_f32.h"
 #include "cpu/sgemm.h"
 #include "tensor_view.h"
 #include "torch_tensor.h"
@@ -36,11 +37,11 @@ void linear_cross_entropy_rows(TensorView logits, TensorView labels, std::option
                                float smoothing, bool write_gradient, TensorView losses, TensorView correct);
 
 void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
-                         std::optional<TensorView> bias, TensorView s, TensorView out, int threads);
+                         std::optional<TensorView> bias, TensorView s, TensorView out, bool in_tiles, int threads);
 void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> s,
                          std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
                          std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
-                         std::optional<TensorView> grad_b, int threads);
+                         std::optional<TensorView> grad_b, bool in_tiles, int threads);
 
 void lora_linear_rows_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
                           std::optional<TensorView> bias, TensorView out, int threads, int vector_bits);
@@ -273,11 +274,12 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
 
   m.def("lora_linear_fwd_cpu", &mmfast::lora_linear_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("a"),
-        py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("s"), py::arg("out"), py::arg("threads"),
+        py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("s"), py::arg("out"), py::arg("in_tiles"),
+        py::arg("threads"),
         py::call_guard<py::gil_scoped_release>());
   m.def("lora_linear_bwd_cpu", &mmfast::lora_linear_bwd_cpu, py::arg("grad"), py::arg("x"), py::arg("s"),
         py::arg("weight"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("grad_x"), py::arg("grad_a"),
-        py::arg("grad_b"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        py::arg("grad_b"), py::arg("in_tiles"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("lora_linear_rows_cpu", &mmfast::lora_linear_rows_cpu, py::arg("x"), py::arg("weight"), py::arg("a"),
         py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("out"), py::arg("threads"),
@@ -307,6 +309,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("nf4_linear_cpu", &mmfast::nf4_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "product_f32",
+      [](mmfast::TensorView x, mmfast::TensorView w, std::optional<mmfast::TensorView> bias, bool add,
+         mmfast::TensorView out, int threads) {
+        mmfast::product_f32(x, w, std::nullopt, bias, add, out, threads);
+      },
+      py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("add"), py::arg("out"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
 
   m.def("quantized_linear", &mmfast::quantized_linear, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("add"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -26,13 +26,14 @@ std::optional<TensorView> transposed(std::optional<TensorView> matrix) {
 
 }  // namespace
 
-// s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight (fp32 where
-// `has_sgemm`, bfloat16 with AMX) it is added here. Of x [..., K], weight [N, K], a [R, K], b [N, R] and bias [N].
+// s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight it is added
+// here: `in_tiles` (fp32 or bfloat16, with AMX), else by SGEMM (fp32, where `has_sgemm`). Of x [..., K], weight [N, K],
+// a [R, K], b [N, R] and bias [N].
 void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
-                         std::optional<TensorView> bias, TensorView s, TensorView out, int threads) {
+                         std::optional<TensorView> bias, TensorView s, TensorView out, bool in_tiles, int threads) {
   to_matrix(x), to_matrix(out);
   low_rank_read(x, a, std::nullopt, 1.0f, s, std::nullopt, false, threads);
-  if (weight && x.dtype != DType::f32)
+  if (weight && in_tiles)
     return low_rank_product(x, transposed(*std::move(weight)), s, transposed(b), scaling, bias, out, threads);
   low_rank_expand(s, transposed(b), scaling, bias, out, threads);
   if (weight) sgemm_add(x, *weight, true, out);
@@ -43,7 +44,7 @@ void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorV
 void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> s,
                          std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
                          std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
-                         std::optional<TensorView> grad_b, int threads) {
+                         std::optional<TensorView> grad_b, bool in_tiles, int threads) {
   to_matrix(grad), to_matrix(x), to_matrix(grad_x);
   const int64_t rows = grad.size(0), ranks = a.size(0);
   const auto memory = std::make_unique_for_overwrite<float[]>(rows * ranks);  // enough for either dtype
@@ -54,7 +55,7 @@ void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::opti
     low_rank_read(*x, std::nullopt, ds, 1.0f, std::nullopt, grad_a, false, threads);
   }
   if (!grad_x) return;
-  if (weight && grad.dtype != DType::f32)
+  if (weight && in_tiles)
     return low_rank_product(grad, *weight, ds, a, 1.0f, std::nullopt, *grad_x, threads);
   low_rank_expand(ds, a, 1.0f, std::nullopt, *grad_x, threads);
   if (weight) sgemm_add(grad, *weight, false, *grad_x);

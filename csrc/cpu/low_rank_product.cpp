@@ -1,5 +1,5 @@
 // y = x W + scale · s factors + bias of bfloat16 matrices, in tiles: the low-rank part is where the sums of the large
-// product start, so that it is neither written, nor rounded, nor read.
+// product start, so that it is neither written, nor rounded, nor read. That of fp32 matrices is in product_f32.cpp.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../tensor_view.h"
+#include "product_f32.h"
 #include "scalars.h"
 #include "tiles.h"
 
@@ -172,6 +173,7 @@ class Worker {
 // of theirs.
 void low_rank_product(TensorView x, TensorView w, TensorView s, TensorView factors, float scale,
                       std::optional<TensorView> bias, TensorView out, int threads) {
+  if (x.dtype == DType::f32) return product_f32(x, w, LowRank{s, factors, scale}, bias, false, out, threads);
 #ifdef MMFAST_AMX
   check(has_amx(), "low_rank_product: this CPU does not multiply bfloat16 in tiles");
   const int64_t rows = x.size(0), features = x.size(1), ranks = s.size(1), columns = w.size(1);

@@ -203,7 +203,7 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
 def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     """What `lora_short` counts of packed fp32 tensors, where it can take them all; else as of siblings."""
     tensors = [call.x, *call.weights, *call.lora_as, *call.lora_bs, *call.biases]
-    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    given, rows = [tensor for tensor in tensors if isinstance(tensor, Tensor)], call.x.shape[:-1].numel()
     if (
         machine.device != "cpu"
         or call.dropout
@@ -211,10 +211,10 @@ def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
         or call.weights[0].requires_grad
         or any(tensor.dtype != torch.float32 for tensor in given)
         or not backends.lies_packed(*given)  # before what is asked of C++: torch.compile ends here
-        or not products.calls_sgemm()
+        or not (products.calls_sgemm() or products.tiles_f32(rows, "cpu"))
     ):
         return _sizes(call, machine)
-    rows, columns, ranks = call.x.shape[:-1].numel(), call.weights[0].shape[0], call.lora_as[0].shape[0]
+    columns, ranks = call.weights[0].shape[0], call.lora_as[0].shape[0]
     return (
         Size("packed rows", rows, "the number of rows is {}"),
         Size("packed rows per rank", rows // ranks, "the number of rows for each rank is {}"),

@@ -54,7 +54,7 @@ def attempt(
 def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentiated: bool) -> bool:
     """Whether one call of C++ each way is, for packed tensors."""
     size, way = rows * len(weight), "backward" if differentiated else "forward"
-    if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and products.calls_sgemm():
+    if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and _with_weight(x.dtype, rows)[0]:
         return rows >= len(lora_a) * LEAST["packed rows per rank"] and size >= LEAST[f"packed {way}"]
     return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
 
@@ -103,15 +103,21 @@ def _in_tiles(x: Tensor, weight: Tensor) -> bool:
     return all(low_rank.fused_is_faster("cpu", matrix, [weight], columns) for columns in weight.shape)
 
 
+def _with_weight(dtype: torch.dtype, rows: int) -> tuple[bool, bool]:
+    """Whether C++ makes the large product too, and whether in tiles."""
+    in_tiles = dtype != torch.float32 or products.tiles_f32(rows, "cpu")
+    return in_tiles or products.calls_sgemm(), in_tiles
+
+
 def _forward(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and s [rows, R]."""
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     s = x.new_empty((x.numel() // x.shape[-1], lora_a.shape[0]))
-    with_weight = x.dtype != torch.float32 or products.calls_sgemm()
+    with_weight, in_tiles = _with_weight(x.dtype, len(s))
     kernel, threads = extension.module().lora_linear_fwd_cpu, torch.get_num_threads()
-    kernel(x, weight if with_weight else None, lora_a, lora_b, scaling, bias, s, y, threads)
+    kernel(x, weight if with_weight else None, lora_a, lora_b, scaling, bias, s, y, in_tiles, threads)
     if not with_weight:
         products.linear(y.flatten(0, -2), x.flatten(0, -2), [weight], "cpu", add=True)
     return y, s
@@ -145,11 +151,11 @@ class _Packed(torch.autograd.Function):
             grad_a = torch.empty(lora_a.shape) if need_a else None
             grad_b = torch.empty(lora_b.shape) if need_b else None
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32) if need_bias else None
-            with_weight = grad.dtype != torch.float32 or products.calls_sgemm()
+            with_weight, in_tiles = _with_weight(grad.dtype, grad.numel() // grad.shape[-1])
             kernel, threads = extension.module().lora_linear_bwd_cpu, torch.get_num_threads()
             parts = x, s, weight if with_weight else None, lora_a, lora_b, ctx.scaling, grad_x, grad_a, grad_b
             if need_x or need_a or need_b:
-                kernel(grad, *parts, threads)
+                kernel(grad, *parts, in_tiles, threads)
             if grad_x is not None and not with_weight:
                 products.linear_grad(grad_x.flatten(0, -2), grad.flatten(0, -2), [weight], "cpu", add=True)
         gradients = [

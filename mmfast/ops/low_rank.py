@@ -39,8 +39,8 @@ class Faster(NamedTuple):
 # Nothing is measured yet, so the two steps are used. benchmarks/bench_lora_linear.py times both.
 FUSED_FASTER: tuple[Faster, ...] = ()
 
-# On a CPU with AMX, in bfloat16: so many rows, and for each thread so many blocks of the kernel (rows, columns of y).
-# Fewer leave a thread without work, or W is packed for too little.
+# On a CPU with AMX, in bfloat16 (fp32: `products.tiles_f32`): so many rows, and for each thread so many blocks of the
+# kernel (rows, columns of y). Fewer leave a thread without work, or W is packed for too little.
 TILED_ROWS, TILED_BLOCKS = 512, 4
 TILED_BLOCK = 1024, 256
 
@@ -109,7 +109,7 @@ def _expand(s: Tensor, factors: Tensor, scaling: float, bias: Tensor | None, out
 def _multiply(
     x: Tensor, large: Tensor, s: Tensor, factors: Tensor, scaling: float, bias: Tensor | None, out: Tensor
 ) -> None:
-    """out [M, N] = x large + scaling · s factors + bias, in bfloat16 and tiles."""
+    """out [M, N] = x large + scaling · s factors + bias, in fp32 or bfloat16, in tiles."""
     factors, bias = _packed(factors), None if bias is None else bias.to(out.dtype).contiguous()
     views, bias_view = map(extension.view, (x, large, s, factors)), extension.optional_view(bias)
     threads = torch.get_num_threads()
@@ -274,6 +274,8 @@ def fused_is_faster(backend: str, x: Tensor, weight: list[Tensor], columns: int)
     """Whether out [M, columns] = x W + the update is made faster in one kernel: `FUSED_FASTER` and `TILED_ROWS`."""
     if weight[0].dtype != x.dtype or weight[0].stride(1) != 1:
         return False
+    if x.dtype == torch.float32 and backend == "cpu":
+        return products.tiles_f32(x.shape[0], "cpu")
     if backend == "cpu":
         blocks = -(-x.shape[0] // TILED_BLOCK[0]) * -(-columns // TILED_BLOCK[1])
         enough = x.shape[0] >= TILED_ROWS and blocks >= TILED_BLOCKS * torch.get_num_threads()

@@ -18,6 +18,8 @@ from mmfast.ops import extension, weights
 BLOCK_ELEMENTS = 2**21
 # ...for so many rows of x, among which that work is shared.
 CHUNK_ROWS = 1024
+# So many rows of x from which fp32 products are faster in AMX tiles than PyTorch's.
+TILED_F32_ROWS = 128
 # Up to so many rows, x Wᵀ in 16 bits is made of dot products and as fast as memory, with or without such instructions.
 DOT_ROWS = 8
 
@@ -78,7 +80,19 @@ def calls_sgemm() -> bool:
 
     Not where the user lets PyTorch make them in bf16 (`torch.set_float32_matmul_precision`).
     """
-    return extension.has_sgemm() and _fp32_precision() in ("none", "ieee")
+    return extension.has_sgemm() and _keeps_fp32()
+
+
+def tiles_f32(rows: int, backend: str) -> bool:
+    """Whether `backend` makes products of fp32 matrices with so many rows in AMX tiles, for it does so faster.
+
+    They are as exact as PyTorch's, and not made so where the user lets PyTorch make them in bf16, which is faster yet.
+    """
+    return backend == "cpu" and rows >= TILED_F32_ROWS and extension.has_amx() and _keeps_fp32()
+
+
+def _keeps_fp32() -> bool:
+    return _fp32_precision() in ("none", "ieee")
 
 
 _ask_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -127,7 +141,7 @@ def linear(
 ) -> None:
     """out [M, N] = x Wᵀ, or += with `add`, or x Wᵀ + bias [N] of its dtype; x is [M, K], the tensors are those of W."""
     if weight[0].dtype == out.dtype:
-        _add_product(out, x, weight[0].t(), add, bias)
+        _add_product(out, x, weight[0].t(), backend, add, bias)
         return
     quantised = weights.FORMATS.get(weight[0].dtype)
     if quantised and quantised.takes_small(x, weight, backend):
@@ -144,11 +158,15 @@ def linear(
         )
         return
     for rows, block in _blocks(weight, out.dtype, backend):
-        _add_product(out[:, rows], x, block.t(), add, None if bias is None else bias[rows])
+        _add_product(out[:, rows], x, block.t(), backend, add, None if bias is None else bias[rows])
 
 
-def _add_product(out: Tensor, x: Tensor, factor: Tensor, add: bool, bias: Tensor | None) -> None:
-    if bias is None:
+def _add_product(out: Tensor, x: Tensor, factor: Tensor, backend: str, add: bool, bias: Tensor | None = None) -> None:
+    if out.dtype == torch.float32 and 1 in factor.stride() and tiles_f32(x.shape[0], backend):
+        bias = None if bias is None else bias.contiguous()
+        view, bias_view, threads = extension.view, extension.optional_view(bias), torch.get_num_threads()
+        extension.module().product_f32(view(x), view(factor), bias_view, add, view(out), threads)
+    elif bias is None:
         torch.addmm(out, x, factor, beta=float(add), out=out)
     else:  # added where the product is written, not by a pass of its own
         torch.addmm(bias, x, factor, out=out)
@@ -157,7 +175,7 @@ def _add_product(out: Tensor, x: Tensor, factor: Tensor, add: bool, bias: Tensor
 def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
     """out [M, K] = grad W, or += with `add`, for grad [M, N] and the tensors of W [N, K]."""
     if weight[0].dtype == out.dtype:
-        torch.addmm(out, grad, weight[0], beta=float(add), out=out)
+        _add_product(out, grad, weight[0], backend, add)
         return
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
@@ -168,7 +186,7 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
         )
         return
     for rows, block in _blocks(weight, out.dtype, backend):
-        torch.addmm(out, grad[:, rows], block, beta=float(add), out=out)
+        _add_product(out, grad[:, rows], block, backend, add)
         add = True
 
 

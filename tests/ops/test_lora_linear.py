@@ -549,6 +549,7 @@ def test_small_calls_are_left_to_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(extension, "has_sgemm", lambda: sgemm)
+    monkeypatch.setattr(extension, "has_amx", lambda: False)
     x, weight, a, b, _ = example((rows,), 8, columns)
     a.requires_grad_(trained)
     for matrix, chosen in ((x, expected_packed if sgemm else expected), (torch.cat([x, x], 1)[:, :8], expected)):

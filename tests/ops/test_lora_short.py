@@ -62,16 +62,19 @@ def both(arguments: list[Any], run: Callable[..., Any], monkeypatch: pytest.Monk
         return short, run(*arguments)
 
 
-@pytest.fixture(params=[True, False], ids=["sgemm", "addmm"])
-def sgemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether C++ calls PyTorch's product of fp32 matrices, or Python does."""
-    if request.param and not extension.has_sgemm():
+@pytest.fixture(params=["tiles", "sgemm", "addmm"])
+def product_f32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether C++ makes the product of fp32 matrices, or calls PyTorch's, or Python does."""
+    if request.param == "tiles" and not extension.has_amx():
+        pytest.skip("this CPU has no AMX")
+    if request.param == "sgemm" and not extension.has_sgemm():
         pytest.skip("PyTorch's library exports no SGEMM_64")
-    monkeypatch.setattr(extension, "has_sgemm", lambda: request.param)
-    return bool(request.param)
+    monkeypatch.setattr(products, "TILED_F32_ROWS", 70 if request.param == "tiles" else 71)
+    monkeypatch.setattr(extension, "has_sgemm", lambda: request.param == "sgemm")
+    return str(request.param)
 
 
-@pytest.mark.usefixtures("sgemm")
+@pytest.mark.usefixtures("product_f32")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("trained", "bias"), [("bias", True), *product(("all", "x", "a", "b", "none"), (False, True))])
 def test_the_bits_of_the_long_way(
@@ -97,7 +100,7 @@ def test_the_bits_of_the_long_way(
         assert torch.equal(a, b)
 
 
-@pytest.mark.usefixtures("sgemm")
+@pytest.mark.usefixtures("product_f32")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_that_are_not_packed(dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some_tensors(dtype)
@@ -115,10 +118,12 @@ def test_gradients_that_are_not_packed(dtype: torch.dtype, calls: list[bool], mo
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_the_precision_that_the_user_allows(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "has_sgemm", lambda: True)
+    monkeypatch.setattr(extension, "has_amx", lambda: True)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        assert products.calls_sgemm() == (precision == "highest")
+        assert products.calls_sgemm() == products.tiles_f32(2**20, "cpu") == (precision == "highest")
+        assert not products.tiles_f32(2**20, "triton")
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -133,7 +138,7 @@ def test_sgemm_refuses_what_is_not_its_own() -> None:
     matrix = x.detach().flatten(0, 1)
     for wrong in (weight[:, :-1], weight.t().contiguous().t(), weight.double(), weight[:-1].contiguous()):
         with pytest.raises(ValueError, match="w "):
-            call(matrix, wrong, lora_a.detach(), lora_b.detach(), scaling, None, s, y, 2)
+            call(matrix, wrong, lora_a.detach(), lora_b.detach(), scaling, None, s, y, False, 2)
 
 
 def test_saves_what_the_long_way_does(calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:

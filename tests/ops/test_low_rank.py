@@ -190,5 +190,5 @@ def test_wrong_arguments_of_the_kernels_are_refused() -> None:
     x, large, s, factors = (matrix(*size, dtype=BF16) for size in ((8, 6), (6, 4), (8, 2), (2, 4)))
     out = torch.empty(8, 4, dtype=BF16)
     for wrong in ((x, large.t(), s, factors), (x.float(), large, s, factors), (x, large, s[:7], factors)):
-        with pytest.raises(ValueError, match=r"low_rank_product: \w+ is .*; expected bfloat16\["):
+        with pytest.raises(ValueError, match=r"product(_f32)?: \w+ is .*; expected (bfloat16|float32)\["):
             low_rank._multiply(*wrong, 1.0, None, out)

@@ -55,6 +55,7 @@ WRITES = {
     "nf4_dequantize_cpu": "out",
     "nf4_linear_cpu": "out",
     "nf4_quantize_cpu": "packed absmax",
+    "product_f32": "out",
     "quantized_grad": "out",
     "quantized_linear": "out",
     "resampler_attention_bwd_cpu": "grad_query grad_media_key grad_media_value grad_latent_key grad_latent_value",
