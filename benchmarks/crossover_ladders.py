@@ -72,6 +72,10 @@ def _calls_sgemm(dtype: torch.dtype, trained: bool, device: str) -> bool:
     return device == "cpu" and products.calls_sgemm()
 
 
+def _in_tiles(dtype: torch.dtype, trained: bool, device: str) -> bool:
+    return products.tiles_f32(products.TILED_F32_ROWS, device)
+
+
 def _no_matrix(dtype: torch.dtype, trained: bool, device: str) -> bool:
     return not only_reference_has_matrix(dtype, trained, device)
 
@@ -129,11 +133,19 @@ def _unpacked(arguments: Arguments) -> Arguments:
 
 
 def _ranked_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
-    return _lora_linear(512, 1024, 512, dtype, device, 512 // size)
+    return _lora_linear(64, 1024, 512, dtype, device, 64 // size)
+
+
+def _tiled_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _lora_linear(256, 1024, 1024, dtype, device, 256 // size)
 
 
 def _narrow_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
-    return _lora_linear(128, size // 128, 128, dtype, device)
+    return _lora_linear(128, size // (128 * 256), 256, dtype, device, 4)
+
+
+def _shared_lora(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _lora_linear(512, 256, 256, dtype, device, 128 // size)
 
 
 def _lora_product(size: int, dtype: torch.dtype, device: str) -> Arguments:
@@ -217,9 +229,10 @@ LADDERS = (
     Ladder("mixture_adapter", "16-bit forward", 13, 20, _mixture_adapter, HALVES),
     Ladder("mixture_adapter", "16-bit backward", 13, 20, _mixture_adapter, HALVES, YES, (0, 1, 2, 3, 4, 5)),
     Ladder("lora_linear", "packed rows", 4, 10, _packed_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
-    Ladder("lora_linear", "packed rows per rank", 0, 6, _ranked_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
-    Ladder("lora_linear", "packed forward", 11, 18, _narrow_lora, fits=_calls_sgemm),
-    Ladder("lora_linear", "packed backward", 11, 18, _narrow_lora, trained=YES, train=(0, 2, 3), fits=_calls_sgemm),
+    Ladder("lora_linear", "packed rows per rank", 0, 5, _ranked_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
+    Ladder("lora_linear", "tiled rows per rank", 0, 5, _tiled_lora, trained=BOTH, train=(0, 2, 3), fits=_in_tiles),
+    Ladder("lora_linear", "packed work", 21, 27, _narrow_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
+    Ladder("lora_linear", "packed share", 0, 5, _shared_lora, trained=BOTH, train=(0, 2, 3), fits=_calls_sgemm),
     Ladder("lora_linear", "rows", 6, 11, _long_lora, FLOATS, BOTH, (0, 2, 3), _fast),
     Ladder("lora_linear", "forward", 15, 22, _wide_lora, FLOATS, fits=_fast),
     Ladder("lora_linear", "backward", 15, 22, _wide_lora, FLOATS, YES, (0, 2, 3), _fast),

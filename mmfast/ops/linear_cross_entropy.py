@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmfast.ops import backends, crossovers, extension
+from mmfast.ops import backends, crossovers, extension, products
 from mmfast.ops.backends import Backend, Machine, Op, Size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -249,7 +249,8 @@ def _run(
         part = slice(start, start + chunk)
         here = part if rows is None else tuple(index[part] for index in rows)
         x = source[here]
-        logits = torch.mm(x, weight.t(), out=workspace[: x.shape[0]])
+        logits = workspace[: x.shape[0]]
+        products.multiply(logits, x, weight.t(), device.type)
         rows_kernel(
             logits,
             targets[part],
@@ -260,7 +261,10 @@ def _run(
             correct[part],
         )
         if need_hidden:
-            target[here] = logits @ weight
+            gradient = target[part] if rows is None else torch.empty_like(x)
+            products.multiply(gradient, logits, weight, device.type)
+            if rows is not None:
+                target[here] = gradient
         if need_weight:
             _add_product(grad_weight, logits, x)
     return rows, losses, correct, grad_hidden, grad_weight

@@ -200,6 +200,16 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return Size("rows", rows, "the number of rows is {}"), Size(key, rows * columns, "rows · N is {}")
 
 
+# What `lora_short.packed_counts` counts.
+_PACKED = {
+    "packed rows": "the number of rows is {}",
+    "packed rows per rank": "the number of rows for each rank is {}",
+    "tiled rows per rank": "the number of rows for each rank is {}",
+    "packed work": "rows · K · N is {}",
+    "packed share": "K · N / (R · (K + N)) is {}",
+}
+
+
 def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     """What `lora_short` counts of packed fp32 tensors, where it can take them all; else as of siblings."""
     tensors = [call.x, *call.weights, *call.lora_as, *call.lora_bs, *call.biases]
@@ -214,12 +224,8 @@ def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
         or not (products.calls_sgemm() or products.tiles_f32(rows, "cpu"))
     ):
         return _sizes(call, machine)
-    columns, ranks = call.weights[0].shape[0], call.lora_as[0].shape[0]
-    return (
-        Size("packed rows", rows, "the number of rows is {}"),
-        Size("packed rows per rank", rows // ranks, "the number of rows for each rank is {}"),
-        Size(f"packed {'backward' if call.differentiated else 'forward'}", rows * columns, "rows · N is {}"),
-    )
+    counts = lora_short.packed_counts(rows, *call.weights[0].shape, call.lora_as[0].shape[0])
+    return tuple(Size(key, count, _PACKED[key]) for key, count in counts.items())
 
 
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))

@@ -53,10 +53,20 @@ def attempt(
 
 def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentiated: bool) -> bool:
     """Whether one call of C++ each way is, for packed tensors."""
-    size, way = rows * len(weight), "backward" if differentiated else "forward"
     if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and _with_weight(x.dtype, rows)[0]:
-        return rows >= len(lora_a) * LEAST["packed rows per rank"] and size >= LEAST[f"packed {way}"]
+        return all(count >= LEAST[key] for key, count in packed_counts(rows, *weight.shape, len(lora_a)).items())
+    size, way = rows * len(weight), "backward" if differentiated else "forward"
     return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
+
+
+def packed_counts(rows: int, columns: int, features: int, ranks: int) -> dict[str, int]:
+    """What is counted of packed fp32 tensors, by its name in `LEAST`."""
+    return {
+        "packed rows": rows,
+        "tiled rows per rank" if products.tiles_f32(rows, "cpu") else "packed rows per rank": rows // ranks,
+        "packed work": rows * columns * features,
+        "packed share": columns * features // (ranks * (columns + features)),
+    }
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:

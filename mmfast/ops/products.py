@@ -141,7 +141,7 @@ def linear(
 ) -> None:
     """out [M, N] = x Wᵀ, or += with `add`, or x Wᵀ + bias [N] of its dtype; x is [M, K], the tensors are those of W."""
     if weight[0].dtype == out.dtype:
-        _add_product(out, x, weight[0].t(), backend, add, bias)
+        multiply(out, x, weight[0].t(), backend, add, bias)
         return
     quantised = weights.FORMATS.get(weight[0].dtype)
     if quantised and quantised.takes_small(x, weight, backend):
@@ -158,16 +158,22 @@ def linear(
         )
         return
     for rows, block in _blocks(weight, out.dtype, backend):
-        _add_product(out[:, rows], x, block.t(), backend, add, None if bias is None else bias[rows])
+        multiply(out[:, rows], x, block.t(), backend, add, None if bias is None else bias[rows])
 
 
-def _add_product(out: Tensor, x: Tensor, factor: Tensor, backend: str, add: bool, bias: Tensor | None = None) -> None:
-    if out.dtype == torch.float32 and 1 in factor.stride() and tiles_f32(x.shape[0], backend):
+def multiply(
+    out: Tensor, x: Tensor, factor: Tensor, backend: str, add: bool = False, bias: Tensor | None = None
+) -> None:
+    """out [M, N] = x factor, or += with `add`, or x factor + bias [N], all of one dtype; factor is [K, N]."""
+    in_tiles = out.dtype == torch.float32 and tiles_f32(x.shape[0], backend)
+    if in_tiles and x.shape[1] > 0 and x.stride(1) == 1 and 1 in factor.stride():
         bias = None if bias is None else bias.contiguous()
         view, bias_view, threads = extension.view, extension.optional_view(bias), torch.get_num_threads()
         extension.module().product_f32(view(x), view(factor), bias_view, add, view(out), threads)
+    elif add:
+        torch.addmm(out, x, factor, out=out)
     elif bias is None:
-        torch.addmm(out, x, factor, beta=float(add), out=out)
+        torch.mm(x, factor, out=out)
     else:  # added where the product is written, not by a pass of its own
         torch.addmm(bias, x, factor, out=out)
 
@@ -175,7 +181,7 @@ def _add_product(out: Tensor, x: Tensor, factor: Tensor, backend: str, add: bool
 def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *, add: bool = False) -> None:
     """out [M, K] = grad W, or += with `add`, for grad [M, N] and the tensors of W [N, K]."""
     if weight[0].dtype == out.dtype:
-        _add_product(out, grad, weight[0], backend, add)
+        multiply(out, grad, weight[0], backend, add)
         return
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
@@ -186,7 +192,7 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
         )
         return
     for rows, block in _blocks(weight, out.dtype, backend):
-        _add_product(out, grad[:, rows], block, backend, add)
+        multiply(out, grad[:, rows], block, backend, add)
         add = True
 
 

@@ -530,9 +530,9 @@ def test_selection(machine: Machine, dtype: torch.dtype, expected: str) -> None:
     ("rows", "columns", "trained", "expected", "expected_packed"),
     [
         (32, 4096, True, "reference", "reference"),
-        (64, 128, True, "reference", "cpu"),
-        (64, 512, False, "reference", "cpu"),
-        (64, 256, False, "reference", "reference"),
+        (64, 1024, True, "reference", "cpu"),
+        (64, 1024, False, "reference", "cpu"),
+        (64, 512, False, "reference", "reference"),
         (512, 256, True, "reference", "cpu"),
         (512, 512, True, "cpu", "cpu"),
         (512, 512, False, "reference", "cpu"),
@@ -550,9 +550,9 @@ def test_small_calls_are_left_to_the_reference(
 ) -> None:
     monkeypatch.setattr(extension, "has_sgemm", lambda: sgemm)
     monkeypatch.setattr(extension, "has_amx", lambda: False)
-    x, weight, a, b, _ = example((rows,), 8, columns)
+    x, weight, a, b, _ = example((rows,), 256, columns)
     a.requires_grad_(trained)
-    for matrix, chosen in ((x, expected_packed if sgemm else expected), (torch.cat([x, x], 1)[:, :8], expected)):
+    for matrix, chosen in ((x, expected_packed if sgemm else expected), (torch.cat([x, x], 1)[:, :256], expected)):
         call = check(matrix, weight, a, b, 1.0)
         assert OP.select(call, CPU) == chosen
         assert OP.select(call, CPU, "cpu") == "cpu"
@@ -564,7 +564,8 @@ def test_small_calls_are_left_to_the_reference(
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({}, "packed rows"),
+        ({}, "packed rows per rank"),
+        ({"tiles": True}, "tiled rows per rank"),
         ({"dropout": 0.5}, "rows"),
         ({"dtype": torch.float16}, "rows"),
         ({"precision": "bf16"}, "rows"),
@@ -575,13 +576,16 @@ def test_what_is_counted_of_a_packed_call(change: dict[str, Any], key: str, monk
     monkeypatch.setattr(extension, "has_sgemm", lambda: True)
     monkeypatch.setattr(products, "_has_products", lambda dtype: True)
     monkeypatch.setattr(products, "_fp32_precision", lambda: change.get("precision", "none"))
+    monkeypatch.setattr(extension, "has_amx", lambda: "tiles" in change)
+    monkeypatch.setattr(products, "TILED_F32_ROWS", 64)
     x, weight, a, b, _ = example((64,), 16, 32, dtype=change.get("dtype", torch.float32))
     weight.requires_grad_("train_weight" in change)
     call = check(x, weight, a, b, 1.0, dropout=change.get("dropout", 0.0))
     sizes = {size.key: size.size for size in OP.sizes(call, CPU)}
     assert key in sizes
-    if key == "packed rows":
-        assert sizes[key] == 64 and sizes["packed rows per rank"] == 64 // a.shape[0]
+    if key.endswith("per rank"):
+        assert sizes[key] == 64 // len(a) and sizes["packed rows"] == 64
+        assert sizes["packed work"] == 64 * 16 * 32 and sizes["packed share"] == 16 * 32 // (len(a) * 48)
 
 
 def test_where_the_reference_would_be_slow_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
