@@ -354,8 +354,25 @@ class Block {
   float* const sums = kept_sums.get(panels * pairs * 4 * SUMS);
 };
 
-// A size cut into `count` parts, of whole tiles but the last.
-int64_t part_of(int64_t size, int64_t count) { return divide_up(divide_up(size, count), PAIR) * PAIR; }
+struct Size {
+  int64_t height, width;
+};
+
+// That of the blocks into which out is cut for so many threads: what the busiest of them takes, in products.
+Size block_size(int64_t rows, int64_t columns, int64_t threads) {
+  constexpr int64_t packing = 64;  // a number of x or W takes as long to pack as to multiply by so many
+  const auto part = [](int64_t size, int64_t count) { return divide_up(divide_up(size, count), SIDE) * SIDE; };
+  const int64_t least_down = divide_up(rows, ROWS), least_across = divide_up(columns, COLUMNS);
+  Size best = {};
+  for (int64_t least = INT64_MAX, down = least_down; down < least_down + 4; ++down)
+    for (int64_t across = least_across; across < least_across + threads; ++across) {
+      const Size size = {part(rows, down), part(columns, across)};
+      const int64_t blocks = divide_up(rows, size.height) * divide_up(columns, size.width);
+      const int64_t work = size.height * size.width + packing * (size.height + size.width);
+      if (const int64_t most = divide_up(blocks, threads) * work; most < least) least = most, best = size;
+    }
+  return best;
+}
 
 }  // namespace
 
@@ -393,10 +410,7 @@ void product_f32(const TensorView& x, const TensorView& w, const std::optional<L
     of.low_rank = {{scaled, ranks, 1}, Strided<float>(low_rank->factors), ranks};
   }
   threads = static_cast<int>(std::clamp<int64_t>(rows * columns * depth / PER_THREAD, 1, threads));
-  const int64_t row_blocks = divide_up(rows, ROWS);
-  int64_t column_blocks = divide_up(columns, COLUMNS);
-  while (row_blocks * column_blocks % threads) ++column_blocks;
-  const int64_t height = part_of(rows, row_blocks), width = part_of(columns, column_blocks);
+  const auto [height, width] = block_size(rows, columns, threads);
 #pragma omp parallel num_threads(threads)
   {
     const Tiles configured;

@@ -18,8 +18,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LEAST = crossovers.CPU.cpu("swiglu")
 # What is counted, and the shapes of gate and up, for `backends.packed` and `backends.fits`.
 PATTERN = "*f *f *f="
-# What F.silu calls: of a small call its own look at the arguments takes a hundredth.
+# What F.silu and `*` call, and others by names of their own: on the way there goes a fiftieth of a small call.
 _silu: Callable[[Tensor], Tensor] = torch._C._nn.silu
+_mul, _fits, _packed, _is_compiling = torch.mul, extension.fits, extension.packed, torch.compiler.is_dynamo_compiling
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -210,14 +211,15 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; see `reference`.
     """
-    # What `check` and `OP.select` would find, in less time than a small call takes.
-    if (count := backends.packed(backend, PATTERN, gate, up)) >= 0:
+    # What `check` and `OP.select` would find, in less time than a small call takes: `backends.fits`, written out.
+    if backend is None and not (backends._requested or _is_compiling()) and (count := _fits()(PATTERN, gate, up)) >= 0:
         differentiated = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
         if count < LEAST["packed backward" if differentiated else "packed forward"]:
-            return _silu(gate) * up
-        return _APPLY(gate, up) if differentiated else _fwd_packed(gate, up)
-    if 0 <= backends.fits(backend, PATTERN, gate, up) < min(LEAST["forward"], LEAST["backward"]):
-        return reference(gate, up)
+            return _mul(_silu(gate), up)
+        if _packed()(PATTERN, gate, up) >= 0:
+            return _APPLY(gate, up) if differentiated else _fwd_packed(gate, up)
+        if count < LEAST["backward" if differentiated else "forward"]:
+            return reference(gate, up)
     call = check(gate, up)
     chosen = OP.select(call, backends.machine(call.device), backend)
     if chosen == "reference":
