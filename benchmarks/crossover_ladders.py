@@ -177,6 +177,10 @@ def _scaled_product(size: int, dtype: torch.dtype, device: str) -> Arguments:
     return _bias_scale_linear(size // (256 * 64), 256, 64, "output", dtype, device)
 
 
+def _tiled_product(size: int, dtype: torch.dtype, device: str) -> Arguments:
+    return _bias_scale_linear(256, size // (256 * 512), 512, "none", dtype, device)
+
+
 def _linear_cross_entropy(size: int, dtype: torch.dtype, device: str) -> Arguments:
     rows = size // (128 * 2048)
     hidden, weight = (_some(n, 128, dtype=dtype, device=device) for n in (rows, 2048))
@@ -244,6 +248,7 @@ LADDERS = (
     # Beside a bias in float32, as training keeps it.
     Ladder("bias_scale_linear", "none", 15, 22, _biased, (torch.bfloat16,), BOTH, (0, 2), _fast),
     Ladder("bias_scale_linear", "16-bit product", 18, 24, _scaled_product, HALVES, BOTH, (0, 2, 3), _slow),
+    Ladder("bias_scale_linear", "32-bit product", 23, 29, _tiled_product, trained=BOTH, train=(0, 2), fits=_in_tiles),
     Ladder("linear_cross_entropy", "work", 20, 28, _linear_cross_entropy, FLOATS, YES),
     Ladder("spatio_temporal_pool", "float32 backward", 13, 21, _spatio_temporal_pool, trained=YES),
     Ladder("zero_init_attention", "elements", 11, 18, _one_text, FLOATS, BOTH, (0, 3, 4, 5)),

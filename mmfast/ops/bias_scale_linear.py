@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SCALE_ON = ("output", "input", "none")
 
 # What the passes must save on a CPU before they are worth the steps on the host: elements of the matrix that is scaled
-# or biased, by `scale_on`; rows · K · N where the op makes a 16-bit product in fp32, which is much faster.
+# or biased, by `scale_on`; rows · K · N where the op makes a 16-bit product in fp32, or one of fp32 in AMX tiles.
 LEAST = crossovers.CPU.cpu("bias_scale_linear")
 
 
@@ -134,12 +134,19 @@ def _nothing_to_gain(call: Call, machine: Machine) -> str | None:
 
 
 def _cpu_avoids(call: Call, machine: Machine) -> str | None:
-    return None if _gains_a_product(call) else _nothing_to_gain(call, machine)
+    rows = call.x.shape[:-1].numel()
+    gains = _gains_a_product(call) or _in_tiles(call.x, call.weight, rows)
+    return None if gains else _nothing_to_gain(call, machine)
 
 
 def _gains_a_product(call: Call) -> bool:
     """Whether PyTorch's product on the CPU is so slow that the op makes it in fp32."""
     return products.is_slow(call.x.dtype, call.x.shape[:-1].numel(), grad=call.differentiated)
+
+
+def _in_tiles(x: Tensor, weight: Weight, rows: int) -> bool:
+    """Whether on a CPU the op makes a product of fp32 matrices in AMX tiles, faster than PyTorch."""
+    return isinstance(weight, Tensor) and x.dtype == torch.float32 and products.tiles_f32(rows, "cpu")
 
 
 def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
@@ -150,6 +157,10 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     rows, (columns, features) = call.x.shape[:-1].numel(), call.weight.shape
     if machine.device == "cpu" and _gains_a_product(call):
         return (Size("16-bit product", rows * columns * features, "rows · K · N is {}"),)
+    if machine.device == "cpu" and _in_tiles(call.x, call.weight, rows):
+        work = rows * columns * features
+        if work >= LEAST["32-bit product"] or _nothing_to_gain(call, machine):  # else the passes around it may gain
+            return (Size("32-bit product", work, "rows · K · N is {}"),)
     if call.scale_on == "input":
         return (Size("input", rows * features, "rows · K is {}"),)
     return (Size(call.scale_on, rows * columns, "rows · N is {}"),)
@@ -198,8 +209,10 @@ def _is_small(
         small = scale is None and scale_on == "none" and backends.fits(backend, "*n *k nk= n=?", x, weight, bias) >= 0
     if not small or torch._C._is_any_autocast_enabled():
         return False
-    slow = x.dtype != torch.float32 and products.is_slow(x.dtype, len(x.flatten(0, -2)), grad=torch.is_grad_enabled())
-    return not slow
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:
+        return not _in_tiles(x, weight, rows) or rows * weight.numel() < LEAST["32-bit product"]
+    return not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())
 
 
 OP = Op(
@@ -275,7 +288,7 @@ def _fwd(
                 z_c.copy_(target)
             steps.apply(target, bias, scale, y_c)
         elif bias is not None and weight[0].dtype == dtype:
-            torch.addmm(bias.to(dtype), x_c, weight[0].t(), out=target)
+            products.linear(target, x_c, weight, backend, bias=bias.to(dtype))
             if target is not y_c:
                 y_c.copy_(target)
         else:
@@ -459,11 +472,18 @@ class _BiasScaleLinear(torch.autograd.Function):
         return grad_x, grad_bias, grad_scale, None, None, grad_weight, *[None] * (len(weight) - 1)
 
 
+def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+    """x factor, for packed fp32 x [..., K] and factor [K, N]."""
+    out = x.new_empty((*x.shape[:-1], factor.shape[1]))
+    products.multiply(products.as_matrix(out), products.as_matrix(x), factor, "cpu")
+    return out
+
+
 def _fwd_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, keep_z: bool = False
 ) -> tuple[Tensor, Tensor]:
     """y, and z = x Wᵀ if it is to be kept: if not, y takes its place."""
-    z = F.linear(x, weight)
+    z = _multiply(x, weight.t()) if _in_tiles(x, weight, x.numel() // x.shape[-1]) else F.linear(x, weight)
     y = torch.empty_like(z) if keep_z else z
     extension.module().bias_scale_linear_fwd_cpu(z, bias, scale, y, torch.get_num_threads())
     return y, z
@@ -494,7 +514,10 @@ class _Packed(torch.autograd.Function):
         grad_scale = torch.zeros_like(scale) if need_scale else None
         kernel = extension.module().bias_scale_linear_bwd_cpu
         kernel(grad, z, bias, scale, grad_z, grad_bias, grad_scale, torch.get_num_threads())
-        return None if grad_z is None else grad_z @ weight, None, grad_bias, grad_scale
+        if grad_z is None:
+            return None, None, grad_bias, grad_scale
+        tiled = _in_tiles(grad_z, weight, grad_z.numel() // grad_z.shape[-1])
+        return _multiply(grad_z, weight) if tiled else grad_z @ weight, None, grad_bias, grad_scale
 
 
 _APPLY_PACKED = backends.straight(_Packed)

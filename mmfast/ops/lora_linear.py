@@ -224,7 +224,7 @@ def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
         or not (products.calls_sgemm() or products.tiles_f32(rows, "cpu"))
     ):
         return _sizes(call, machine)
-    counts = lora_short.packed_counts(rows, *call.weights[0].shape, call.lora_as[0].shape[0])
+    counts = lora_short.packed_counts(rows, call.weights[0], call.lora_as[0].shape[0])
     return tuple(Size(key, count, _PACKED[key]) for key, count in counts.items())
 
 

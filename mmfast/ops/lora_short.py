@@ -54,13 +54,14 @@ def attempt(
 def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentiated: bool) -> bool:
     """Whether one call of C++ each way is, for packed tensors."""
     if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and _with_weight(x.dtype, rows)[0]:
-        return all(count >= LEAST[key] for key, count in packed_counts(rows, *weight.shape, len(lora_a)).items())
+        return all(count >= LEAST[key] for key, count in packed_counts(rows, weight, len(lora_a)).items())
     size, way = rows * len(weight), "backward" if differentiated else "forward"
     return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
 
 
-def packed_counts(rows: int, columns: int, features: int, ranks: int) -> dict[str, int]:
+def packed_counts(rows: int, weight: Tensor, ranks: int) -> dict[str, int]:
     """What is counted of packed fp32 tensors, by its name in `LEAST`."""
+    columns, features = weight.shape
     return {
         "packed rows": rows,
         "tiled rows per rank" if products.tiles_f32(rows, "cpu") else "packed rows per rank": rows // ranks,

@@ -88,7 +88,9 @@ def tiles_f32(rows: int, backend: str) -> bool:
 
     They are as exact as PyTorch's, and not made so where the user lets PyTorch make them in bf16, which is faster yet.
     """
-    return backend == "cpu" and rows >= TILED_F32_ROWS and extension.has_amx() and _keeps_fp32()
+    if backend != "cpu" or rows < TILED_F32_ROWS or torch.compiler.is_compiling():  # which cannot trace the questions
+        return False
+    return extension.has_amx() and _keeps_fp32()
 
 
 def _keeps_fp32() -> bool:

@@ -19,6 +19,7 @@ from mmfast.ops import (
     BackendUnavailable,
     bias_scale_linear,
     explain,
+    extension,
     int8_quantize,
     nf4_quantize,
     products,
@@ -498,6 +499,41 @@ def test_selection(arguments: Arguments, on: Machine, request_: str | None, chos
     assert OP.select(check(*arguments), on, request_) == chosen
 
 
+@pytest.mark.parametrize("scale_on", ["none", "input"])
+def test_selection_where_fp32_products_are_made_in_tiles(scale_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forms whose passes gain nothing; the call itself asks in fewer steps, and finds the same."""
+    monkeypatch.setattr(extension, "has_amx", lambda: True)
+    monkeypatch.setattr(products, "_fp32_precision", lambda: "none")
+    module = sys.modules[OP.check.__module__]
+    rows, features = products.TILED_F32_ROWS, 128
+    columns = LEAST["32-bit product"] // (rows * features)
+    for change, chosen in ((0, "cpu"), (1, "reference")):
+        arguments = sized(rows, features, columns - change, scale_on=scale_on)
+        with torch.no_grad():
+            assert OP.select(check(*arguments), Machine("cpu")) == chosen
+            assert module._is_small(*arguments, None) == (chosen == "reference")
+    few = sized(rows - 1, features, 2 * columns, scale_on=scale_on)
+    quantised = few[0], nf4_quantize(few[1]), *few[2:]
+    assert OP.select(check(*few), Machine("cpu")) == "reference"
+    assert OP.select(check(*quantised), Machine("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("scale_on", ["output", "none", "input"])
+def test_fp32_products_in_tiles(scale_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not extension.has_amx():
+        pytest.skip("this CPU has no AMX")
+    arguments = some((150, 96), 70, scale_on)
+    general = run(bias_scale_linear, arguments, "xbs" if scale_on != "none" else "xb", backend="reference")
+    monkeypatch.setitem(LEAST, "32-bit product", 1)
+    ran: list[int] = []
+    multiply = products.multiply
+    monkeypatch.setattr(products, "multiply", lambda *a, **options: ran.append(len(a[1])) or multiply(*a, **options))
+    found = run(bias_scale_linear, arguments, "xbs" if scale_on != "none" else "xb")
+    assert ran == [150, 150]
+    for name, expected in general.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_selection_where_16_bit_products_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = (sized(rows, 32, 64, dtype=torch.bfloat16) for rows in (100, 1024))
     monkeypatch.setattr(products, "_has_products", lambda dtype: dtype == torch.float32)
@@ -585,7 +621,8 @@ def test_packed_float32_calls_whose_gradients_are_not() -> None:
         gradient.sum().backward()
 
 
-def test_explain() -> None:
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "has_amx", lambda: False)
     assert explain(bias_scale_linear, *some((2, 8), 4, dtype=torch.bfloat16)).splitlines() == [
         "bias_scale_linear runs on: reference",
         f"  cpu: rows · N is 8; below {LEAST['output']} the reference is faster",

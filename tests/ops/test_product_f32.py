@@ -61,7 +61,14 @@ def test_products(shape: tuple[int, int, int], transposed: bool) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 600), st.integers(1, 400), st.booleans(), st.integers(0, 28), st.integers(0, 2**31))
+@given(
+    st.integers(1, 90),
+    st.integers(1, 600),
+    st.integers(1, 400),
+    st.booleans(),
+    st.integers(0, 28),
+    st.integers(0, 2**31),
+)
 def test_numbers_of_many_sizes(
     rows: int, depth: int, columns: int, transposed: bool, exponents: int, seed: int
 ) -> None:
