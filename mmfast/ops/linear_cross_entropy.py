@@ -25,9 +25,8 @@ LEAST = crossovers.CPU.cpu("linear_cross_entropy")
 
 # Of a small call, by names of their own: to look them up in a package, with caches cold, takes longer than it can win
 # back, and so does what F.cross_entropy asks before it calls this one.
-_linear, _labelled = F.linear, extension.labelled
+_linear, _labelled, _is_compiling = F.linear, extension.labelled, torch.compiler.is_dynamo_compiling
 _cross_entropy: Callable[..., Tensor] = torch._C._nn.cross_entropy_loss
-_is_compiling, _is_autocast = torch.compiler.is_dynamo_compiling, torch._C._is_any_autocast_enabled
 
 # So many bytes of logits exist at a time: 512 rows of 32000 float32 logits, enough for efficient matrix products.
 WORKSPACE_BYTES = 64 * 2**20
@@ -413,16 +412,6 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _mean(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """`reference` on a CPU, for the mean over some rows: PyTorch's own."""
-    logits = _linear(hidden, weight)
-    if logits.dtype != torch.float32:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.dim() > 1:
-        logits, labels = logits.flatten(0, -2), labels.flatten()
-    return _cross_entropy(logits, labels, None, 1, ignore_index, 0.0)
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -465,14 +454,19 @@ def linear_cross_entropy(
     Numerics: logits and their gradient are rounded to the dtype of `hidden`, as in eager PyTorch; between them all
     is fp32, and so is the sum of the gradient of `weight` over chunks. Deterministic.
     """
-    # What `check` and `OP.select` would find, in less time than a small call takes.
+    # What `check` and `OP.select` would find, in less time than a small call takes: then a mean is PyTorch's own.
     if (
         reduction == "mean"
         and not (ignore_index is None or label_smoothing or return_accuracy or backend or backends._requested)
-        and not (_is_compiling() or _is_autocast())
+        and not _is_compiling()
         and 0 < _labelled()(hidden, weight, labels, ignore_index) < LEAST["work"]
     ):
-        return _mean(hidden, weight, labels, ignore_index)
+        logits = _linear(hidden, weight)
+        if logits.dtype is not torch.float32:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels.dim() > 1:
+            logits, labels = logits.flatten(0, -2), labels.flatten()
+        return _cross_entropy(logits, labels, None, 1, ignore_index, 0.0)
     call = check(
         hidden,
         weight,
