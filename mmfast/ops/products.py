@@ -20,6 +20,8 @@ BLOCK_ELEMENTS = 2**21
 CHUNK_ROWS = 1024
 # So many rows of x from which fp32 products are faster in AMX tiles than PyTorch's.
 TILED_F32_ROWS = 128
+# As many from which these are faster with a quantised weight too, of which dense blocks are then made in a buffer.
+DEQUANTIZED_F32_ROWS = 512
 # Up to so many rows, x Wᵀ in 16 bits is made of dot products and as fast as memory, with or without such instructions.
 DOT_ROWS = 8
 
@@ -111,9 +113,13 @@ def has_tiles(dtype: torch.dtype, backend: str) -> bool:
     return backend == "cpu" and dtype == torch.bfloat16 and extension.has_amx()
 
 
-def decodes(dtype: torch.dtype, backend: str) -> bool:
-    """Whether `backend` has kernels that multiply this dtype with a quantised weight as they decode it."""
-    return has_tiles(dtype, backend) or (backend == "cpu" and dtype == torch.float32 and extension.has_avx512())
+def decodes(dtype: torch.dtype, backend: str, rows: int) -> bool:
+    """Whether `backend` has kernels that multiply so many rows of this dtype with a quantised weight as they decode it,
+    and nothing faster.
+    """
+    if backend == "cpu" and dtype == torch.float32 and extension.has_avx512():
+        return rows < DEQUANTIZED_F32_ROWS or not tiles_f32(rows, "cpu")
+    return has_tiles(dtype, backend)
 
 
 # torch.compile cannot trace an op that returns no tensor. The marker is that of torch.compiler.assume_constant_result,
@@ -152,7 +158,7 @@ def linear(
         if add:
             out += target
         return
-    if quantised and decodes(out.dtype, backend):
+    if quantised and decodes(out.dtype, backend, x.shape[0]):
         bias = None if bias is None else bias.float().contiguous()
         views = [extension.view(part) for part in weight]
         extension.module().quantized_linear(
@@ -187,7 +193,7 @@ def linear_grad(out: Tensor, grad: Tensor, weight: list[Tensor], backend: str, *
         return
     if weights.shape(weight)[0] == 0 and not add:
         out.zero_()
-    if weight[0].dtype in weights.FORMATS and decodes(out.dtype, backend):
+    if weight[0].dtype in weights.FORMATS and decodes(out.dtype, backend, grad.shape[0]):
         views = [extension.view(part) for part in weight]
         extension.module().quantized_grad(
             extension.view(grad), views, add, extension.view(out), torch.get_num_threads()

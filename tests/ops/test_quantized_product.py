@@ -24,7 +24,7 @@ BF16 = torch.bfloat16
 
 
 def decoded_here(dtype: torch.dtype) -> bool:
-    return not machine(torch.device("cpu")).lacks("cpu") and products.decodes(dtype, "cpu")
+    return not machine(torch.device("cpu")).lacks("cpu") and products.decodes(dtype, "cpu", 1)
 
 
 formats = pytest.mark.parametrize("quantize", FORMATS.values(), ids=FORMATS)
@@ -39,6 +39,12 @@ dtypes = pytest.mark.parametrize(
     ],
     ids=["bf16", "fp32"],
 )
+
+
+@pytest.fixture(autouse=True)
+def any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are decoded too, where a test does not say otherwise."""
+    monkeypatch.setattr(products, "DEQUANTIZED_F32_ROWS", 10**9)
 
 
 @pytest.fixture(params=["decoded", "dequantised"])
@@ -177,11 +183,31 @@ def test_the_dense_weight_never_exists(
     assert len(dequantised) == (0 if way == "decoded" else 2)
 
 
+@formats
+@pytest.mark.skipif(not extension.has_amx(), reason="needs AMX")
+@pytest.mark.parametrize("shape", [(300, 130), (1100, 2050)])
+def test_many_rows_of_fp32_are_multiplied_in_tiles(
+    quantize: Callable[[Tensor], QuantizedWeight], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of the dense weight."""
+    monkeypatch.setattr(products, "DEQUANTIZED_F32_ROWS", 150)
+    q, blocks = quantize(torch.randn(shape)), products._blocks
+    dequantised: list[int] = []
+    monkeypatch.setattr(products, "_blocks", lambda *args: dequantised.append(1) or blocks(*args))
+    weight = weights.dense(q, torch.float32).double()
+    for rows, count in ((149, 0), (150, 2)):
+        x, grad = operands(rows, q, torch.float32)
+        out, out_grad = run(x, grad, q, torch.ones(shape[0]))
+        assert_near(out, x.double() @ weight.t() + 1)
+        assert_near(out_grad, grad.double() @ weight)
+        assert len(dequantised) == count
+
+
 def test_which_dtypes_are_made_where() -> None:
     assert not any(products.has_tiles(dtype, "cpu") for dtype in (torch.float32, torch.float16))
-    assert not products.decodes(torch.float16, "cpu")
+    assert not products.decodes(torch.float16, "cpu", 1)
     for backend in ("triton", "cuda", "reference"):
-        assert not products.has_tiles(BF16, backend) and not products.decodes(torch.float32, backend)
+        assert not products.has_tiles(BF16, backend) and not products.decodes(torch.float32, backend, 1)
 
 
 @pytest.mark.skipif(not decoded_here(BF16), reason="needs the extension and AMX")
