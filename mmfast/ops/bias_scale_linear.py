@@ -166,6 +166,8 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return (Size(call.scale_on, rows * columns, "rows · N is {}"),)
 
 
+# By names of their own: to look them up in a package, with caches cold, takes a part of a small call's time.
+_cpp_packed, _is_compiling = extension.packed, torch.compiler.is_dynamo_compiling
 # What is counted, and the shapes of x, weight, bias and scale, for `backends.fits`.
 PATTERNS = {"output": "*n *k nk= n? n", "input": "*k *k nk= n? k"}
 
@@ -176,8 +178,9 @@ def _is_packed(
     """Whether `check` would find nothing and `_Packed` serves, in less time than these."""
     return (
         scale_on == "output"
-        and backends.packed(backend, "*n *k nk= n=? n=", x, weight, bias, scale) >= 0
-        and x.dtype == torch.float32
+        and not (backend or backends._requested or _is_compiling())  # `backends.packed`, written out
+        and _cpp_packed()("*n *k nk= n=? n=", x, weight, bias, scale) >= 0
+        and x.dtype is torch.float32
         and not (weight.requires_grad or torch._C._is_any_autocast_enabled())
     )
 
@@ -483,7 +486,8 @@ def _fwd_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, keep_z: bool = False
 ) -> tuple[Tensor, Tensor]:
     """y, and z = x Wᵀ if it is to be kept: if not, y takes its place."""
-    z = _multiply(x, weight.t()) if _in_tiles(x, weight, x.numel() // x.shape[-1]) else F.linear(x, weight)
+    tiled = products.tiles_f32(x.numel() // x.shape[-1], "cpu")
+    z = _multiply(x, weight.t()) if tiled else F.linear(x, weight)
     y = torch.empty_like(z) if keep_z else z
     extension.module().bias_scale_linear_fwd_cpu(z, bias, scale, y, torch.get_num_threads())
     return y, z
@@ -504,7 +508,7 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, z, bias, scale = ctx.saved_tensors
         need_x, _, need_bias, need_scale = ctx.needs_input_grad
-        if backends.packed(None, "*n *n *n=? n=", grad, z, scale) < 0:
+        if _cpp_packed()("*n *n *n=? n=", grad, z, scale) < 0:
             z = None if z is None else products.as_matrix(z)
             needs = need_x, False, need_bias, need_scale
             found = iter(_BWD(grad, None, z, [weight], bias, scale, "output", *needs, "cpu"))
@@ -516,7 +520,7 @@ class _Packed(torch.autograd.Function):
         kernel(grad, z, bias, scale, grad_z, grad_bias, grad_scale, torch.get_num_threads())
         if grad_z is None:
             return None, None, grad_bias, grad_scale
-        tiled = _in_tiles(grad_z, weight, grad_z.numel() // grad_z.shape[-1])
+        tiled = products.tiles_f32(grad_z.numel() // grad_z.shape[-1], "cpu")
         return _multiply(grad_z, weight) if tiled else grad_z @ weight, None, grad_bias, grad_scale
 
 

@@ -19,8 +19,8 @@ LEAST = crossovers.CPU.cpu("lora_linear")
 # Up to so many rows without a gradient, dot products with the rows of W read it as fast as memory gives it.
 MOST_DOTS = 2
 
-# By a name of its own: to look it up in a package, with caches cold, takes a part of a small call's time.
-_linear = F.linear
+# By names of their own: to look them up in a package, with caches cold, takes a part of a small call's time.
+_linear, _fits, _is_compiling = F.linear, extension.fits, torch.compiler.is_dynamo_compiling
 
 
 def attempt(
@@ -31,29 +31,36 @@ def attempt(
         return None
     if not isinstance(weight, Tensor):
         return _of_quantized_row(x, weight, lora_a, lora_b, scaling, bias, backend)
-    arguments, tensors = (x, weight, lora_a, lora_b, scaling, bias), (x, weight, lora_a, lora_b, bias)
-    rows = backends.packed(backend, "* *k nk= rk= nr= n=?", *tensors)
-    is_packed = rows >= 0
-    if not is_packed and (rows := backends.fits(backend, "* *k nk= rk nr n?", *tensors)) < 0:
+    if backend is not None or backends._requested or _is_compiling():
         return None
-    differentiated = _is_differentiated(*tensors)
+    # `backends.fits`, written out: a function of Python takes a hundredth of a small call.
+    if (rows := _fits()("* *k nk= rk nr n?", x, weight, lora_a, lora_b, bias)) < 0:
+        return None
+    arguments, tensors = (x, weight, lora_a, lora_b, scaling, bias), (x, weight, lora_a, lora_b, bias)
+    is_fp32 = x.dtype is torch.float32
     if (
-        0 < rows <= MOST_DOTS
-        and not differentiated
+        rows <= MOST_DOTS
+        and not _is_differentiated(*tensors)
         and _takes_dots(x, lora_a, lora_b)
-        and (is_packed or backends.packed(backend, "* *k nk= rk nr n=?", *tensors) >= 0)
+        and backends.packed(None, "* *k nk= rk nr n=?", *tensors) >= 0
     ):
         return _of_dots(*arguments)
-    if is_packed and not weight.requires_grad and _is_faster(rows, x, weight, lora_a, differentiated):
-        return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
-    if rows < LEAST["rows"] and not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled()):
+    # At least what `_is_faster` asks.
+    if rows >= LEAST["rows"] or (
+        is_fp32 and rows >= LEAST["packed rows"] and rows * weight.numel() >= LEAST["packed work"]
+    ):
+        differentiated = _is_differentiated(*tensors)
+        packed = backends.packed(None, "* *k nk= rk= nr= n=?", *tensors) >= 0
+        if packed and not weight.requires_grad and _is_faster(rows, x, weight, lora_a, differentiated):
+            return _APPLY(*arguments) if differentiated else _forward(*arguments)[0]
+    if rows < LEAST["rows"] and (is_fp32 or not products.is_slow(x.dtype, rows, grad=torch.is_grad_enabled())):
         return _of_few_rows(*arguments)
     return None
 
 
 def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentiated: bool) -> bool:
     """Whether one call of C++ each way is, for packed tensors."""
-    if x.dtype == torch.float32 and rows >= LEAST["packed rows"] and _with_weight(x.dtype, rows)[0]:
+    if x.dtype == torch.float32 and _with_weight(x.dtype, rows)[0]:
         return all(count >= LEAST[key] for key, count in packed_counts(rows, weight, len(lora_a)).items())
     size, way = rows * len(weight), "backward" if differentiated else "forward"
     return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
@@ -103,9 +110,9 @@ def _of_quantized_row(
 def _of_few_rows(x: Tensor, weight: Any, lora_a: Any, lora_b: Any, scaling: Any, bias: Tensor | None) -> Tensor:
     """The reference in as few steps as there can be."""
     dtype = x.dtype
-    if lora_a.dtype != dtype or lora_b.dtype != dtype or (bias is not None and bias.dtype != dtype):
+    if lora_a.dtype is not dtype or lora_b.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
         lora_a, lora_b, bias = lora_a.to(dtype), lora_b.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.add(_linear(x, weight, bias), _linear(_linear(x, lora_a), lora_b), alpha=scaling)
+    return _linear(x, weight, bias).add(_linear(_linear(x, lora_a), lora_b), alpha=scaling)
 
 
 def _in_tiles(x: Tensor, weight: Tensor) -> bool:
