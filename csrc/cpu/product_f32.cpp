@@ -401,6 +401,7 @@ void product_f32(const TensorView& x, const TensorView& w, const std::optional<L
                  .rows = rows,
                  .columns = columns};
   if (low_rank) {
+    check(low_rank->s.dim() == 2, "product_f32: s is ", low_rank->s, "; expected a matrix");
     const int64_t ranks = low_rank->s.size(1);
     expect("s", low_rank->s, rows, ranks, true);
     expect("factors", low_rank->factors, ranks, columns, false);

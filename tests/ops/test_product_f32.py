@@ -196,3 +196,7 @@ def test_wrong_arguments_are_refused() -> None:
         multiply(x[0], w, out=torch.empty(8, 4))
     with pytest.raises(ValueError, match="a column or more"):
         multiply(x[:, :0], w[:0])
+    s, factors, out = torch.randn(8, 2), torch.randn(2, 4), torch.empty(8, 4)
+    for wrong in ((s[:7], factors), (s, factors.t()), (s[:, 0], factors), (s, factors.double())):
+        with pytest.raises(ValueError, match=r"product_f32: \w+ is .*; expected"):
+            low_rank._multiply(x, w, *wrong, 1.0, None, out)
