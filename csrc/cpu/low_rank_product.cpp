@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <optional>
 
 #include "../tensor_view.h"
+#include "kept.h"
 #include "product_f32.h"
 #include "scalars.h"
 #include "tiles.h"
@@ -103,6 +103,8 @@ struct Operands {
   int64_t rows, columns, ranks, features;
 };
 
+thread_local Kept<Tile> kept_w, kept_copy, kept_s, kept_factors, kept_sums;
+
 // What one thread packs, and its tasks.
 class Worker {
  public:
@@ -112,11 +114,11 @@ class Worker {
   MMFAST_AMX void run(int64_t row, int64_t column) {
     first_row = row, first_column = column;
     height = std::min(ROWS, of.rows - row), width = std::min(COLUMNS, of.columns - column);
-    pack(of.factors.at(0, column), of.ranks, width, factors.get());
+    pack(of.factors.at(0, column), of.ranks, width, factors);
     for (int64_t j = 0; of.bias && j < width; ++j) bias[j] = to_float(of.bias[column + j]);
     for (int64_t k = 0; k < std::max<int64_t>(of.features, 1); k += DEPTH) {
       const int64_t depth = std::min(DEPTH, of.features - k);
-      pack(of.w.at(k, column), depth, width, w.get());
+      pack(of.w.at(k, column), depth, width, w);
       for (int64_t i = 0; i < height; i += PANEL) panel(i, k, depth);
     }
   }
@@ -134,7 +136,7 @@ class Worker {
     const Bfloat16* next = x + PANEL * of.x.row;
     int64_t stride = of.x.row;
     if (rows < PANEL || depth % TILE_DEPTH) {  // by way of a copy, with zeros beyond
-      auto* to = reinterpret_cast<Bfloat16*>(copy.get());
+      auto* to = reinterpret_cast<Bfloat16*>(copy);
       std::memset(to, 0, 2 * STEPS * sizeof(Tile));
       for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * DEPTH, x + r * stride, depth * sizeof(Bfloat16));
       x = to, stride = DEPTH;
@@ -142,7 +144,7 @@ class Worker {
     for (int64_t p = 0; p < pairs; ++p) {
       float* sums = kept[first && last ? 0 : (i / PANEL * pairs + p) * 4].sums();
       if (first)
-        start(s.get(), &factors[2 * p * depths], depths, of.scale, bias + p * PAIR);
+        start(s, &factors[2 * p * depths], depths, of.scale, bias + p * PAIR);
       else
         load_sums(sums);
       multiply(x, stride, &w[2 * p * steps], steps, next + p * each * of.x.row, of.x.row, each);
@@ -157,11 +159,11 @@ class Worker {
   const int64_t depths;  // steps of the ranks
   int64_t first_row = 0, first_column = 0, height = 0, width = 0;
   alignas(64) float bias[COLUMNS] = {};
-  std::unique_ptr<Tile[]> w = tiles(COLUMNS / TILE_PAIRS * STEPS), copy = tiles(2 * STEPS), s = tiles(2 * depths),
-                          factors = tiles(COLUMNS / TILE_PAIRS * depths),
-                          kept = tiles(of.features > DEPTH ? ROWS * COLUMNS / SUMS : 1);
-
-  static std::unique_ptr<Tile[]> tiles(int64_t count) { return std::make_unique_for_overwrite<Tile[]>(count); }
+  Tile* const w = kept_w.get(COLUMNS / TILE_PAIRS * STEPS);
+  Tile* const copy = kept_copy.get(2 * STEPS);
+  Tile* const s = kept_s.get(2 * depths);
+  Tile* const factors = kept_factors.get(COLUMNS / TILE_PAIRS * depths);
+  Tile* const kept = kept_sums.get(of.features > DEPTH ? ROWS * COLUMNS / SUMS : 1);
 };
 
 }  // namespace
