@@ -24,6 +24,29 @@ std::optional<TensorView> transposed(std::optional<TensorView> matrix) {
   return matrix;
 }
 
+// A sum in fp32 of the size of a gradient: itself, or what it is rounded from at the end.
+class Sum {
+ public:
+  explicit Sum(const std::optional<TensorView>& gradient) : gradient(gradient) {
+    if (!gradient || gradient->dtype == DType::f32) return;
+    gradient->expect("gradient", DType::bf16, {gradient->size(0), gradient->size(1)});
+    memory = std::make_unique_for_overwrite<float[]>(gradient->numel());
+  }
+  std::optional<TensorView> view() const {
+    std::optional<TensorView> found = gradient;
+    if (memory) found->data = memory.get(), found->dtype = DType::f32;
+    return found;
+  }
+  void round() const {
+    for (int64_t i = 0; memory && i < gradient->numel(); ++i)
+      gradient->as<Bfloat16>()[i] = from_float<Bfloat16>(memory[i]);
+  }
+
+ private:
+  const std::optional<TensorView>& gradient;
+  std::unique_ptr<float[]> memory;
+};
+
 }  // namespace
 
 // s [rows, R] = x aᵀ, and out [..., N] = scaling · s bᵀ + bias, to which the caller adds x Wᵀ; with weight it is added
@@ -39,8 +62,9 @@ void lora_linear_fwd_cpu(TensorView x, std::optional<TensorView> weight, TensorV
   if (weight) sgemm_add(x, *weight, true, out);
 }
 
-// With ds [rows, R] = scaling · grad b: grad_b [N, R] = scaling · gradᵀ s and grad_a [R, K] = dsᵀ x in fp32, and grad_x
-// [..., K] = ds a, to which the caller adds grad W, or with weight this; each that is given.
+// With ds [rows, R] = scaling · grad b: grad_b [N, R] = scaling · gradᵀ s and grad_a [R, K] = dsᵀ x, summed in fp32 and of
+// that or, rounded once, of bfloat16; and grad_x [..., K] = ds a, to which the caller adds grad W, or with weight this;
+// each that is given.
 void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::optional<TensorView> s,
                          std::optional<TensorView> weight, TensorView a, TensorView b, float scaling,
                          std::optional<TensorView> grad_x, std::optional<TensorView> grad_a,
@@ -49,10 +73,13 @@ void lora_linear_bwd_cpu(TensorView grad, std::optional<TensorView> x, std::opti
   const int64_t rows = grad.size(0), ranks = a.size(0);
   const auto memory = std::make_unique_for_overwrite<float[]>(rows * ranks);  // enough for either dtype
   const TensorView ds{memory.get(), grad.dtype, {rows, ranks}, {ranks, 1}};
-  low_rank_read(grad, transposed(b), grad_b ? s : std::nullopt, scaling, ds, transposed(grad_b), false, threads);
+  const Sum sum_a(grad_a), sum_b(grad_b);
+  low_rank_read(grad, transposed(b), grad_b ? s : std::nullopt, scaling, ds, transposed(sum_b.view()), false, threads);
+  sum_b.round();
   if (grad_a) {
     check(x.has_value(), "lora_linear: grad_a needs x");
-    low_rank_read(*x, std::nullopt, ds, 1.0f, std::nullopt, grad_a, false, threads);
+    low_rank_read(*x, std::nullopt, ds, 1.0f, std::nullopt, sum_a.view(), false, threads);
+    sum_a.round();
   }
   if (!grad_x) return;
   if (weight && in_tiles)

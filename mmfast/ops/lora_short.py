@@ -164,10 +164,13 @@ class _Packed(torch.autograd.Function):
             lists = [weight], [1], [lora_a], [lora_b], [ctx.scaling]
             needs = need_x, need_a, [False], [need_b], [need_bias]
             grad_x, grad_a, _, grad_b, grad_bias = op([grad], x, s, *lists, 0, None, *needs, "cpu")
+            grad_x = grad_x if need_x else None
+            grad_a, grad_b = grad_a.to(grad.dtype) if need_a else None, grad_b.to(grad.dtype) if need_b else None
+            grad_bias = grad_bias if need_bias else None
         else:
             grad_x = grad.new_empty((*grad.shape[:-1], weight.shape[1])) if need_x else None
-            grad_a = torch.empty(lora_a.shape) if need_a else None
-            grad_b = torch.empty(lora_b.shape) if need_b else None
+            grad_a = torch.empty_like(lora_a) if need_a else None
+            grad_b = torch.empty_like(lora_b) if need_b else None
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32) if need_bias else None
             with_weight, in_tiles = _with_weight(grad.dtype, grad.numel() // grad.shape[-1])
             kernel, threads = extension.module().lora_linear_bwd_cpu, torch.get_num_threads()
@@ -176,15 +179,9 @@ class _Packed(torch.autograd.Function):
                 kernel(grad, *parts, in_tiles, threads)
             if grad_x is not None and not with_weight:
                 products.linear_grad(grad_x.flatten(0, -2), grad.flatten(0, -2), [weight], "cpu", add=True)
-        gradients = [
-            grad_x if need_x else None,
-            grad_a if need_a else None,
-            grad_b if need_b else None,
-            grad_bias if need_bias else None,
-        ]
-        if grad.dtype != torch.float32:  # a cast to the dtype that it has would take each through the dispatcher
-            gradients = [None if gradient is None else gradient.to(grad.dtype) for gradient in gradients]
-        return gradients[0], None, gradients[1], gradients[2], None, gradients[3]
+        if grad_bias is not None and grad_bias.dtype != grad.dtype:
+            grad_bias = grad_bias.to(grad.dtype)
+        return grad_x, None, grad_a, grad_b, None, grad_bias
 
 
 _APPLY = backends.straight(_Packed)
