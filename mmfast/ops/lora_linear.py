@@ -200,16 +200,6 @@ def _sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     return Size("rows", rows, "the number of rows is {}"), Size(key, rows * columns, "rows · N is {}")
 
 
-# What `lora_short.packed_counts` counts.
-_PACKED = {
-    "packed rows": "the number of rows is {}",
-    "packed rows per rank": "the number of rows for each rank is {}",
-    "tiled rows per rank": "the number of rows for each rank is {}",
-    "packed work": "rows · K · N is {}",
-    "packed share": "K · N / (R · (K + N)) is {}",
-}
-
-
 def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     """What `lora_short` counts of packed fp32 tensors, where it can take them all; else as of siblings."""
     tensors = [call.x, *call.weights, *call.lora_as, *call.lora_bs, *call.biases]
@@ -225,7 +215,7 @@ def _linear_sizes(call: Call, machine: Machine) -> tuple[Size, ...]:
     ):
         return _sizes(call, machine)
     counts = lora_short.packed_counts(rows, call.weights[0], call.lora_as[0].shape[0])
-    return tuple(Size(key, count, _PACKED[key]) for key, count in counts.items())
+    return tuple(Size(key, count, lora_short.COUNTED[key]) for key, count in counts.items())
 
 
 BACKENDS = (Backend("cpu", _no_float64), Backend("triton", _no_float64), Backend("reference"))

@@ -66,6 +66,16 @@ def _is_faster(rows: int, x: Tensor, weight: Tensor, lora_a: Tensor, differentia
     return rows >= LEAST["rows"] and size >= LEAST[way] and (x.dtype == torch.float32 or _in_tiles(x, weight))
 
 
+# What `packed_counts` counts, for those who read why a backend was chosen.
+COUNTED = {
+    "packed rows": "the number of rows is {}",
+    "packed rows per rank": "the number of rows for each rank is {}",
+    "tiled rows per rank": "the number of rows for each rank is {}",
+    "packed work": "rows · K · N is {}",
+    "packed share": "K · N / (R · (K + N)) is {}",
+}
+
+
 def packed_counts(rows: int, weight: Tensor, ranks: int) -> dict[str, int]:
     """What is counted of packed fp32 tensors, by its name in `LEAST`."""
     columns, features = weight.shape
