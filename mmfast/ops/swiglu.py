@@ -20,7 +20,17 @@ LEAST = crossovers.CPU.cpu("swiglu")
 PATTERN = "*f *f *f="
 # What F.silu and `*` call, and others by names of their own: on the way there goes a fiftieth of a small call.
 _silu: Callable[[Tensor], Tensor] = torch._C._nn.silu
-_mul, _fits, _packed, _is_compiling = torch.mul, extension.fits, extension.packed, torch.compiler.is_dynamo_compiling
+_mul, _is_compiling, _is_grad_enabled = torch.mul, torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+
+
+def _first_look(*arguments: Any) -> int:
+    """`extension.fits`, which from then on takes its place: the extension is loaded when first needed."""
+    global _look
+    _look = extension.fits()
+    return _look(*arguments)
+
+
+_look: Callable[..., int] = _first_look
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -212,11 +222,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6; see `reference`.
     """
     # What `check` and `OP.select` would find, in less time than a small call takes: `backends.fits`, written out.
-    if backend is None and not (backends._requested or _is_compiling()) and (count := _fits()(PATTERN, gate, up)) >= 0:
-        differentiated = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if backend is None and not (backends._requested or _is_compiling()) and (count := _look(PATTERN, gate, up)) >= 0:
+        differentiated = (gate.requires_grad or up.requires_grad) and _is_grad_enabled()
         if count < LEAST["packed backward" if differentiated else "packed forward"]:
             return _mul(_silu(gate), up)
-        if _packed()(PATTERN, gate, up) >= 0:
+        if extension.packed()(PATTERN, gate, up) >= 0:
             return _APPLY(gate, up) if differentiated else _fwd_packed(gate, up)
         if count < LEAST["backward" if differentiated else "forward"]:
             return reference(gate, up)
