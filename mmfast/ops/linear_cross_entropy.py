@@ -25,8 +25,18 @@ LEAST = crossovers.CPU.cpu("linear_cross_entropy")
 
 # Of a small call, by names of their own: to look them up in a package, with caches cold, takes longer than it can win
 # back, and so does what F.cross_entropy asks before it calls this one.
-_linear, _labelled, _is_compiling = F.linear, extension.labelled, torch.compiler.is_dynamo_compiling
+_linear, _is_compiling, _FP32 = F.linear, torch.compiler.is_dynamo_compiling, torch.float32
 _cross_entropy: Callable[..., Tensor] = torch._C._nn.cross_entropy_loss
+
+
+def _first_look(*arguments: Any) -> int:
+    """`extension.labelled`, which from then on takes its place: the extension is loaded when first needed."""
+    global _look
+    _look = extension.labelled()
+    return _look(*arguments)
+
+
+_look: Callable[..., int] = _first_look
 
 # So many bytes of logits exist at a time: 512 rows of 32000 float32 logits, enough for efficient matrix products.
 WORKSPACE_BYTES = 64 * 2**20
@@ -459,10 +469,10 @@ def linear_cross_entropy(
         reduction == "mean"
         and not (ignore_index is None or label_smoothing or return_accuracy or backend or backends._requested)
         and not _is_compiling()
-        and 0 < _labelled()(hidden, weight, labels, ignore_index) < LEAST["work"]
+        and 0 < _look(hidden, weight, labels, ignore_index) < LEAST["work"]
     ):
         logits = _linear(hidden, weight)
-        if logits.dtype is not torch.float32:
+        if logits.dtype is not _FP32:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if labels.dim() > 1:
             logits, labels = logits.flatten(0, -2), labels.flatten()
