@@ -275,8 +275,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("lora_linear_fwd_cpu", &mmfast::lora_linear_fwd_cpu, py::arg("x"), py::arg("weight"), py::arg("a"),
         py::arg("b"), py::arg("scaling"), py::arg("bias"), py::arg("s"), py::arg("out"), py::arg("in_tiles"),
-        py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def("lora_linear_bwd_cpu", &mmfast::lora_linear_bwd_cpu, py::arg("grad"), py::arg("x"), py::arg("s"),
         py::arg("weight"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("grad_x"), py::arg("grad_a"),
         py::arg("grad_b"), py::arg("in_tiles"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());

@@ -29,7 +29,8 @@ class Sum {
  public:
   explicit Sum(const std::optional<TensorView>& gradient) : gradient(gradient) {
     if (!gradient || gradient->dtype == DType::f32) return;
-    gradient->expect("gradient", DType::bf16, {gradient->size(0), gradient->size(1)});
+    check(gradient->dtype == DType::bf16 && gradient->is_contiguous(), "lora_linear: a gradient is ", *gradient,
+          "; expected float32 or packed bfloat16");
     memory = std::make_unique_for_overwrite<float[]>(gradient->numel());
   }
   std::optional<TensorView> view() const {

@@ -180,9 +180,7 @@ void low_rank_product(TensorView x, TensorView w, TensorView s, TensorView facto
   check(has_amx(), "low_rank_product: this CPU does not multiply bfloat16 in tiles");
   const int64_t rows = x.size(0), features = x.size(1), ranks = s.size(1), columns = w.size(1);
   const auto expect = [](const char* name, const TensorView& view, int64_t height, int64_t width, bool packed) {
-    check(view.dtype == DType::bf16 && view.dim() == 2 && view.size(0) == height && view.size(1) == width,
-          "low_rank_product: ", name, " is ", view, "; expected bfloat16[", height, ", ", width, "]");
-    check(!packed || width <= 1 || view.stride(1) == 1, name, " must have stride 1 in its last dimension");
+    check_operand("low_rank_product", name, view, DType::bf16, height, width, packed);
   };
   expect("x", x, rows, features, true);
   expect("w", w, features, columns, false);

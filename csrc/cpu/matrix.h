@@ -64,6 +64,15 @@ inline void check_matrix(const char* op, const char* name, const TensorView& vie
         op, ": ", name, " is ", view, "; expected [", rows, ", ", columns, "] with stride 1 in the last dimension");
 }
 
+// Raises unless the view is a [rows, columns] of this dtype with stride 1 in its last dimension or, not `packed`, in one.
+inline void check_operand(const char* op, const char* name, const TensorView& view, DType dtype, int64_t rows,
+                          int64_t columns, bool packed) {
+  check(view.dtype == dtype && view.dim() == 2 && view.size(0) == rows && view.size(1) == columns, op, ": ", name, " is ",
+        view, "; expected ", name_of(dtype), "[", rows, ", ", columns, "]");
+  check(columns <= 1 || view.stride(1) == 1 || (!packed && (rows <= 1 || view.stride(0) == 1)), op, ": ", name, " is ",
+        view, "; expected stride 1 in ", packed ? "its last dimension" : "one of its dimensions");
+}
+
 // Calls run with a value of the C++ type that stands for `dtype`.
 template <typename F>
 void with_scalar(const char* op, DType dtype, F run) {

@@ -382,10 +382,7 @@ void product_f32(const TensorView& x, const TensorView& w, const std::optional<L
   check(x.dim() == 2 && w.dim() == 2, "product_f32: x is ", x, " and w ", w, "; expected two matrices");
   const int64_t rows = x.size(0), depth = x.size(1), columns = w.size(1);
   const auto expect = [](const char* name, const TensorView& view, int64_t height, int64_t width, bool packed) {
-    check(view.dtype == DType::f32 && view.dim() == 2 && view.size(0) == height && view.size(1) == width,
-          "product_f32: ", name, " is ", view, "; expected float32[", height, ", ", width, "]");
-    check(width <= 1 || view.stride(1) == 1 || (!packed && (height <= 1 || view.stride(0) == 1)), "product_f32: ", name,
-          " is ", view, "; expected stride 1 in ", packed ? "its last dimension" : "one of its dimensions");
+    check_operand("product_f32", name, view, DType::f32, height, width, packed);
   };
   expect("x", x, rows, depth, true);
   expect("w", w, depth, columns, false);
@@ -405,10 +402,13 @@ void product_f32(const TensorView& x, const TensorView& w, const std::optional<L
     const int64_t ranks = low_rank->s.size(1);
     expect("s", low_rank->s, rows, ranks, true);
     expect("factors", low_rank->factors, ranks, columns, false);
-    const Strided<float> s(low_rank->s);
-    float* const scaled = kept_scaled.get(rows * ranks);
-    for (int64_t i = 0; i < rows * ranks; ++i) scaled[i] = low_rank->scale * s.number(i / ranks, i % ranks);
-    of.low_rank = {{scaled, ranks, 1}, Strided<float>(low_rank->factors), ranks};
+    of.low_rank = {Strided<float>(low_rank->s), Strided<float>(low_rank->factors), ranks};
+    if (low_rank->scale != 1.0f) {
+      const Strided<float> scaled = {kept_scaled.get(rows * ranks), ranks, 1};
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t r = 0; r < ranks; ++r) scaled.number(i, r) = low_rank->scale * of.low_rank.x.number(i, r);
+      of.low_rank.x = scaled;
+    }
   }
   threads = static_cast<int>(std::clamp<int64_t>(rows * columns * depth / PER_THREAD, 1, threads));
   const auto [height, width] = block_size(rows, columns, threads);
